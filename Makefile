@@ -1,0 +1,45 @@
+# Every target works in a fresh clone with Python 3.11 and nothing else: it makes .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+DEMO := artifacts/demo
+SCHEMA := runtime/manifest.schema.json
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check schema clean
+
+help:  ## Show this
+	@sed -n "s/^\([a-z]*\):.*  ## /\1	/p" Makefile
+
+demo: $(VENV)/.export  ## Export the demo bundle, validate it, write text from it
+	$(BIN)/stillgraph export bundle --out $(DEMO)
+	$(BIN)/stillgraph run $(DEMO) --prompt "Once upon a time"
+
+test: $(VENV)/.dev  ## Run the tests
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## Lint, types, and which package may import which
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_arrows.py
+
+schema: $(VENV)/.dev  ## Write the JSON Schema of the manifest
+	$(BIN)/python -c "from runtime.manifest import json_schema; print(json_schema(), end=str())" > $(SCHEMA)
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) $(DEMO) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find export runtime patches tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch before the rest, because it is most of the download.
+$(VENV)/.export: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[export]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.export
+	$(PIP) -e ".[export,dev]"
+	@touch $@

@@ -1,0 +1,18 @@
+"""`python -m export ...` is `stillgraph export ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from export.cli import app
+from runtime.guard import guard
+
+
+def main() -> int:
+    """Run the command named in the process's arguments; the exit code."""
+    arguments = ["export", *sys.argv[1:]]  # the guard names the command in what it tells
+    return guard(lambda args: app(args=args[1:], prog_name="stillgraph export"), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Attention of the portable target: grouped heads by reshaping the query, masks explicit, softmax in fp32.
+
+Shapes: B batch, H query heads, KV key/value heads, G = H / KV, S query slots, C key slots, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MASKED = torch.finfo(torch.float32).min  # finite: a padding row that sees nothing stays a number
+
+
+def additive_mask(seen: Tensor, groups: int) -> Tensor:
+    """float32 [B, 1, G * S, C]: 0 where `seen` [B, S, C], else `MASKED`; query rows repeat per group."""
+    mask = torch.where(seen, torch.tensor(0.0), torch.tensor(MASKED))[:, None]  # [B, 1, S, C]
+    return mask if seen.shape[1] == 1 else torch.cat([mask] * groups, dim=2)
+
+
+def portable_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, S, D]
+    key: Tensor,  # [B, KV, C, D]
+    value: Tensor,  # [B, KV, C, D]
+    attention_mask: Tensor,  # [B, 1, G * S, C], or [B, 1, 1, C] where S is 1
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`eager_attention_forward` of transformers without expanding keys and values; returns [B, S, H, D]."""
+    batch, heads, slots, size = query.shape
+    kv_heads = key.shape[1]
+    # The heads of a group are neighbours, so folding them into the rows is a reshape and nothing moves.
+    query = (query * scaling).reshape(batch, kv_heads, heads // kv_heads * slots, size)
+    scores = torch.matmul(query, key.transpose(2, 3))  # [B, KV, G * S, C]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(value.dtype)
+    output = torch.matmul(weights, value).reshape(batch, heads, slots, size)
+    return output.transpose(1, 2), None

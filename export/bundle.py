@@ -1,0 +1,212 @@
+"""Make a bundle: trace, simplify, write weights once, and move it into place when it is whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export import weights
+from export.checkpoint import CARRIED, Checkpoint, open_checkpoint
+from export.config import ExportConfig, check_fits_bundle, check_positions
+from export.convert import convert
+from export.simplify import SimplifyReport, as_report, same_outputs, simplify
+from export.staging import staged
+from runtime.errors import StillgraphError
+from runtime.manifest import (
+    MANIFEST,
+    Alias,
+    File,
+    GraphEntry,
+    Manifest,
+    Source,
+    Tokens,
+    Weights,
+    read,
+    sha256,
+)
+from runtime.spec import GraphShape, input_ports, output_ports, past_names, present_names
+
+TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxsim", "onnx-ir", "stillgraph")
+SIMPLIFY_REPORT = "reports/simplify.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph between its trace and its file: structure before and after simplification, and its weights."""
+
+    shape: GraphShape
+    before: ir.Model
+    after: ir.Model
+    recipes: list[weights.Recipe]
+    steps: list[dict[str, str | int | float]]
+
+
+def export(config: ExportConfig, shapes: list[GraphShape], replace: bool, say: Say) -> Manifest:
+    """Export graphs into the bundle at `config.place`; with `replace` they make a new one.
+
+    say is called with what is being done. Raises StillgraphError for bad input and CheckFailed where a graph
+    does not pass its checks; in either case the former bundle is as it was.
+    """
+    say("reading the checkpoint")
+    checkpoint = open_checkpoint(config.model)
+    former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
+    for shape in shapes:
+        check_positions(checkpoint.spec, shape)
+        if former is not None:
+            check_fits_bundle(config, checkpoint.sha256, shape, former)
+    with staged(config.place) as folder:
+        traced = [_trace(checkpoint, shape, config.precision, say) for shape in shapes]
+        if former is not None:
+            carry_over(config.place, folder, former)
+        say("writing weights")
+        stored = _write_weights(folder, checkpoint, traced, former)
+        graphs = dict(former.graphs) if former else {}
+        graphs = {
+            name: graph for name, graph in graphs.items() if graph.shape.role not in {s.role for s in shapes}
+        }
+        for entry in traced:
+            graphs[entry.shape.name] = _write_graph(folder, checkpoint, entry, stored)
+        _drop_unlisted(folder, graphs)
+        _write_simplify_report(folder, traced, stored, say)
+        manifest = _manifest(folder, checkpoint, config, graphs, stored)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _trace(checkpoint: Checkpoint, shape: GraphShape, precision: str, say: Say) -> Traced:
+    say(f"tracing {shape.name}")
+    model = convert(checkpoint, shape, precision)
+    recipes = weights.take_out(model, list(checkpoint.files))
+    before = model.clone()
+    say(f"simplifying {shape.name}")
+    after, steps = simplify(model)
+    recipes += weights.take_out_constants(after)
+    return Traced(shape, before, after, recipes, as_report(steps))
+
+
+def carry_over(place: Path, folder: Path, former: Manifest) -> None:
+    """Link the former bundle's files; links, so that gigabytes are not copied to add a small graph."""
+    for file in former.all_files():
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(place / file.path, target)
+        except OSError:
+            shutil.copyfile(place / file.path, target)
+
+
+def _write_weights(
+    folder: Path, checkpoint: Checkpoint, traced: list[Traced], former: Manifest | None
+) -> Weights:
+    recipes = list({recipe.name: recipe for entry in traced for recipe in entry.recipes}.values())
+    known = former.weights if former else None
+    missing = [recipe for recipe in recipes if known is None or recipe.name not in known.tensors]
+    path = folder / weights.WEIGHTS_FILE
+    linked = bool(known and missing and path.stat().st_nlink > 1)
+    needed = sum(place.nbytes for place in weights.layout(missing).values())
+    needed += known.file.nbytes if known and linked else 0
+    if needed > (free := shutil.disk_usage(folder).free):
+        problem = f"{needed / 1e9:.2f} GB of weights do not fit into {free / 1e9:.2f} GB of free disk space"
+        raise StillgraphError("write weights", problem, "free space or give another --out")
+    if linked:  # the former bundle's file must not change under it
+        private = path.with_suffix(".private")
+        shutil.copyfile(path, private)
+        private.replace(path)
+    return weights.write(folder, recipes, checkpoint.tensor, known)
+
+
+def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: Weights) -> GraphEntry:
+    spec, shape = checkpoint.spec, traced.shape
+    weights.attach(traced.after, stored)
+    path = folder / f"{shape.name}.onnx"
+    path.unlink(missing_ok=True)  # it may be a link into the former bundle
+    ir.save(traced.after, path)
+    pairs = [
+        Alias(output=output, input=past, same_buffer=False)
+        for layer in range(len(spec.layers))
+        for output, past in zip(present_names(layer), past_names(layer), strict=True)
+    ]
+    return GraphEntry(
+        shape=shape,
+        file=describe(folder, path),
+        inputs=input_ports(spec, shape),
+        outputs=output_ports(spec, shape),
+        aliases=tuple(pairs) if shape.ctx else (),
+    )
+
+
+def _drop_unlisted(folder: Path, graphs: dict[str, GraphEntry]) -> None:
+    for path in folder.glob("*.onnx"):
+        if path.name not in {graph.file.path for graph in graphs.values()}:
+            path.unlink()
+
+
+def _write_simplify_report(folder: Path, traced: list[Traced], stored: Weights, say: Say) -> None:
+    path = folder / SIMPLIFY_REPORT
+    former = SimplifyReport.model_validate_json(path.read_text()) if path.is_file() else None
+    graphs, differences = (dict(former.graphs), dict(former.worst_difference)) if former else ({}, {})
+    for entry in traced:
+        name = entry.shape.name
+        say(f"checking {name} against the graph before simplification")
+        weights.attach(entry.before, stored)
+        unsimplified = folder / f".{name}.before.onnx"
+        ir.save(entry.before, unsimplified)
+        graphs[name] = entry.steps
+        differences[name] = same_outputs(unsimplified, folder / f"{name}.onnx")
+        unsimplified.unlink()
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    report = SimplifyReport(graphs=graphs, worst_difference=differences)
+    path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(
+    folder: Path, checkpoint: Checkpoint, config: ExportConfig, graphs: dict[str, GraphEntry], stored: Weights
+) -> Manifest:
+    files = []
+    for name in CARRIED:
+        if (source := checkpoint.folder / name).is_file():
+            (folder / name).unlink(missing_ok=True)
+            shutil.copyfile(source, folder / name)
+            files.append(describe(folder, folder / name))
+    return Manifest(
+        source=Source(
+            id=config.model,
+            model_type=checkpoint.family.model_type,
+            checkpoint_sha256=checkpoint.sha256,
+        ),
+        model=checkpoint.spec,
+        target=config.target,
+        precision=config.precision,
+        tools={name: importlib.metadata.version(name) for name in TOOLS},
+        graphs=graphs,
+        weights=stored,
+        tokens=tokens(checkpoint),
+        files=(*files, describe(folder, folder / SIMPLIFY_REPORT)),
+    )
+
+
+def tokens(checkpoint: Checkpoint) -> Tokens:
+    """Special tokens: of generation_config.json where there is one, else of the config."""
+    path = checkpoint.folder / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def get(name: str) -> object:
+        return generation.get(name, getattr(checkpoint.config, name, None))
+
+    stop = get("eos_token_id")
+    stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
+    return Tokens.model_validate({"bos": get("bos_token_id"), "pad": get("pad_token_id"), "stop": stop})
+
+
+def describe(folder: Path, path: Path) -> File:
+    """The manifest's entry of a file in a bundle's folder."""
+    return File(path=path.relative_to(folder).as_posix(), nbytes=path.stat().st_size, sha256=sha256(path))

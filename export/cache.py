@@ -1,0 +1,75 @@
+"""The static key/value cache: fixed buffers, written by position, and the rule of what a position may see.
+
+Shapes: B batch, S new token slots, C cache slots, KV key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(positions: Tensor, slots: int, window: int | None) -> Tensor:
+    """Which cache slots each query position may read: bool [B, S, slots].
+
+    Slot j holds position j. A position sees itself and everything before it; in a sliding layer only the
+    last `window` positions, itself included (`sliding_window_causal_mask` of transformers).
+
+    positions: int64 [B, S], absolute. Computed from positions alone, so one rule serves every graph.
+    """
+    slot = torch.arange(slots)[None, None, :]  # [1, 1, C]
+    query = positions[:, :, None]  # [B, S, 1]
+    seen = slot <= query
+    return seen if window is None else seen & (slot > query - window)
+
+
+def write(past: Tensor, new: Tensor, past_length: Tensor, new_length: Tensor | None) -> Tensor:
+    """`past` with the first `new_length` tokens of `new` at slots `past_length` and on: [B, KV, C, D].
+
+    past: [B, KV, C, D]; new: [B, KV, S, D]; past_length, new_length: int64 [B], None where S is 1.
+    Padding tokens are never written, so a padded chunk may reach past the last slot. Written as Gather and
+    Where over whole buffers: no scatter, no transpose, no length in a shape.
+    """
+    capacity, slots = past.shape[2], new.shape[2]
+    source = (
+        torch.arange(capacity)[None, :] - past_length[:, None]
+    )  # [B, C]: which new token a slot would take
+    if new_length is None:
+        return torch.where((source == 0)[:, None, :, None], new, past)
+    written = (source >= 0) & (source < new_length[:, None])
+    source = source.clamp(0, slots - 1)
+    rows = [
+        new[row : row + 1].index_select(2, source[row]) for row in range(new.shape[0])
+    ]  # [1, KV, C, D] each
+    return torch.where(written[:, None, :, None], torch.cat(rows), past)
+
+
+class StaticCache:
+    """What a model calls `past_key_values`, over buffers of a fixed size. Not a `transformers.Cache`.
+
+    `present[i]` holds layer i's (key, value) after its `update`: with a past the written buffers
+    [B, KV, C, D], without one (the first prompt of a prefill graph) the new tokens themselves [B, KV, S, D].
+    """
+
+    def __init__(
+        self,
+        past: list[tuple[Tensor, Tensor]] | None,
+        past_length: Tensor | None = None,
+        new_length: Tensor | None = None,
+    ) -> None:
+        self.past, self.past_length, self.new_length = past, past_length, new_length
+        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Store layer `layer_idx`'s new keys and values [B, KV, S, D]; return all it may attend to."""
+        if self.past is not None:
+            assert self.past_length is not None
+            past_key, past_value = self.past[layer_idx]
+            key = write(past_key, key, self.past_length, self.new_length)
+            value = write(past_value, value, self.past_length, self.new_length)
+        self.present[layer_idx] = key, value
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor | int:
+        """Tokens in the cache before this call: int64 [B], or 0 without a past."""
+        return 0 if self.past_length is None else self.past_length

@@ -1,0 +1,109 @@
+"""Which prompts a validation runs, over which ids, in which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from export.stories import held_out
+from runtime.errors import StillgraphError
+from runtime.manifest import Manifest
+
+STEPS = 3  # decode steps after each prompt
+ROW_STAGGER = 5  # rows of a batch differ by this many prompt tokens
+Depth = Literal["quick", "default", "full"]
+TextKind = Literal["random", "text"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cases over one text: prompts followed by a few steps each, and prompts walked to the end of ctx."""
+
+    text: TextKind
+    optimised: bool
+    prompts: tuple[int, ...]
+    walks: tuple[int, ...]
+
+
+def make_plans(manifest: Manifest, depth: Depth) -> list[Plan]:
+    """Which prompts are run in which setting."""
+    prompts = tuple(edges(manifest))
+    walk = (min(limit(manifest) - 1, max_len(manifest) or 1),) if manifest.graph("decode") else ()
+    if depth == "quick":
+        return [Plan("random", True, prompts, ())]
+    everywhere = walk if depth == "full" else ()
+    return [
+        Plan("random", False, prompts, everywhere),
+        Plan("random", True, prompts, walk),
+        Plan("text", False, prompts, everywhere) if depth == "full" else Plan("text", False, prompts[:1], ()),
+        Plan("text", True, prompts, everywhere),
+    ]
+
+
+def edges(manifest: Manifest) -> Iterator[int]:
+    """Prompt lengths where a static graph goes wrong first: around P, 2P, each window, and the end of ctx."""
+    slots, end = max_len(manifest), limit(manifest)
+    near = {1, 2, end - 1, *(window + delta for window in manifest.model.windows for delta in (-1, 0, 1))}
+    if slots is not None:
+        near |= {slots - 1, slots, slots + 1, 2 * slots + 1}
+    only_prefill = manifest.graph("decode") is None
+    last = slots if only_prefill and slots is not None and not continues(manifest) else end - 1
+    yield from sorted(length for length in near if 1 <= length <= last)
+
+
+def max_len(manifest: Manifest) -> int | None:
+    """Token slots of the prefill, or None where there is none."""
+    graph = manifest.graph("prefill")
+    return graph.shape.slots if graph else None
+
+
+def continues(manifest: Manifest) -> bool:
+    graph = manifest.graph("prefill")
+    return graph is not None and graph.shape.ctx is not None
+
+
+def limit(manifest: Manifest) -> int:
+    """The longest text the bundle can hold: ctx, or P of a prefill alone that continues nothing."""
+    return max(graph.shape.capacity for graph in manifest.graphs.values())
+
+
+def rows(manifest: Manifest) -> int:
+    """Rows of every graph of the bundle."""
+    return next(iter(manifest.graphs.values())).shape.batch
+
+
+def positions(manifest: Manifest, plan: Plan) -> set[int]:
+    """Positions whose logits a plan compares, for every row."""
+    found: set[int] = set()
+    end = limit(manifest)
+    for row in range(rows(manifest)):
+        for prompt in plan.prompts:
+            first = max(1, prompt - row * ROW_STAGGER) - 1
+            found |= set(range(first, min(first + STEPS + 1, end)))
+        for prompt in plan.walks:
+            found |= set(range(max(1, prompt - row * ROW_STAGGER) - 1, end))
+    return found
+
+
+def random_ids(manifest: Manifest) -> np.ndarray:
+    """Seeded ids over the whole vocabulary, int64 [B, limit]; every row its own."""
+    return np.random.default_rng(0).integers(0, manifest.model.vocab_size, (rows(manifest), limit(manifest)))
+
+
+def text_ids(bundle: Path, manifest: Manifest) -> np.ndarray:
+    """English through the bundle's own tokenizer, int64 [B, limit]; every row starts at another place."""
+    path, length, count = bundle / "tokenizer.json", limit(manifest), rows(manifest)
+    if not path.is_file():
+        raise StillgraphError(
+            "validate", f"{path} is missing", "export the bundle again from a checkpoint with one"
+        )
+    tokenizer, ids = Tokenizer.from_file(str(path)), list[int]()
+    tales = held_out(seed=0)
+    while len(ids) < length + count:
+        ids += tokenizer.encode(next(tales).text).ids
+    return np.stack([np.array(ids[row : row + length], np.int64) for row in range(count)])

@@ -1,0 +1,185 @@
+"""A checkpoint on disk: its config, its tensors by name, and whether the two fit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from export.families import Family, families
+from runtime.errors import StillgraphError
+from runtime.spec import ModelSpec
+
+STAGE = "read checkpoint"
+DEMO = Path(__file__).parent / "demo_checkpoint"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+CARRIED = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint folder that the export understands. Tensors are read one at a time."""
+
+    id: str
+    folder: Path
+    family: Family
+    config: Any
+    files: dict[str, Path]  # tensor name to the safetensors file that holds it
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        return self.family.spec(self.config)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, mapped from its file, in the checkpoint's dtype."""
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+    def build(self, attention: str) -> torch.nn.Module:
+        """The model with memory reserved and untouched in place of weights, so tracing costs no memory."""
+        from transformers.initialization import no_init_weights
+
+        config = type(self.config).from_dict(self.config.to_dict())
+        config._attn_implementation = attention
+        with no_init_weights(), default_dtype(torch.float32):
+            model = self.family.build(config)
+        model.tie_weights()  # skipped together with the initialisation
+        built: torch.nn.Module = model.eval().requires_grad_(False)
+        return built
+
+    def load(self) -> torch.nn.Module:
+        """The reference: the original model in fp32 with eager attention."""
+        model = self.build("eager")
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.tensor(name))
+        return model
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of config and weights: what makes two exports exports of one checkpoint."""
+        total = hashlib.sha256()
+        for path in [self.folder / "config.json", *sorted(set(self.files.values()))]:
+            with path.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        return total.hexdigest()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Find, read and check a checkpoint: `demo`, a local folder or a hub id. Raises StillgraphError."""
+    folder = _folder(model)
+    raw = _json(folder / "config.json", "name a folder with a Hugging Face checkpoint")
+    architectures = raw.get("architectures") or [None]
+    family = families().get(architectures[0])
+    if family is None:
+        known = ", ".join(families())
+        raise StillgraphError(
+            STAGE, f"{model}: architecture {architectures[0]!r} is not supported", f"use {known}"
+        )
+    try:
+        config = family.config(raw)
+    except Exception as error:  # whatever transformers makes of a bad config, the user gets one sentence
+        problem = f"{model}: config.json is not valid: {' '.join(str(error).split())}"
+        raise StillgraphError(STAGE, problem, "mend config.json") from error
+    if reason := family.refuse(config):
+        raise StillgraphError(STAGE, f"{model}: {reason} is not supported", "export another checkpoint")
+    checkpoint = Checkpoint(model, folder, family, config, dict(_tensor_files(folder)))
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def _folder(model: str) -> Path:
+    if model == "demo":
+        return DEMO
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise StillgraphError(
+            STAGE, f"{model}: no such folder", "name a checkpoint folder, a hub id or 'demo'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except Exception as error:  # the hub client raises dozens of kinds; each means the same to the user
+        problem = f"{model}: no such folder, and the hub did not give it ({type(error).__name__})"
+        raise StillgraphError(
+            STAGE, problem, "check the name and the network, or name a local folder"
+        ) from error
+
+
+def _json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StillgraphError(STAGE, f"{path} is missing", remedy) from None
+    except ValueError as error:
+        raise StillgraphError(STAGE, f"{path} is not JSON ({error})", "download the file again") from error
+    if not isinstance(content, dict):
+        raise StillgraphError(STAGE, f"{path} is not a JSON object", "download the file again")
+    return content
+
+
+def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    paths = [folder / WEIGHTS]
+    if not paths[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
+        index = _json(folder / WEIGHTS_INDEX, "")["weight_map"]
+        paths = [folder / name for name in sorted(set(index.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise StillgraphError(STAGE, f"{path} is missing", "download the checkpoint's safetensors files")
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            problem = f"{path} is damaged or cut short ({error})"
+            raise StillgraphError(STAGE, problem, "download the file again") from error
+        yield from ((name, path) for name in names)
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    with torch.device("meta"):
+        model = checkpoint.family.build(checkpoint.config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(expected)
+    remedy = "export a checkpoint that fits its config.json"
+    for what, names in (("lacks", set(expected) - set(checkpoint.files)),
+                        ("has unknown", set(checkpoint.files) - set(expected) - tied)):  # fmt: skip
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise StillgraphError(
+                STAGE, f"{checkpoint.id}: the checkpoint {what} tensor {min(names)}{more}", remedy
+            )
+    for name, shape in expected.items():
+        with safe_open(checkpoint.files[name], framework="pt") as file:
+            found = tuple(file.get_slice(name).get_shape())
+        if found != shape:
+            problem = (
+                f"{checkpoint.id}: tensor {name} has shape {list(found)} where config.json says {list(shape)}"
+            )
+            raise StillgraphError(STAGE, problem, remedy)

@@ -1,0 +1,97 @@
+"""Trace a graph with torch and give it the names and fixed shapes of its spec."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from export.attention import portable_attention
+from export.checkpoint import Checkpoint
+from export.graphs import GRAPHS
+from patches.patch import applied
+from runtime.spec import GraphShape, Port, input_ports, output_ports
+
+OPSET = 20
+ATTENTION = "stillgraph_portable"
+PARAMETER_PREFIX = "model."  # of the wrapper's attribute that holds the model
+DTYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
+
+
+def convert(checkpoint: Checkpoint, shape: GraphShape, precision: str) -> ir.Model:
+    """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
+
+    The weights' contents are not those of the checkpoint: the model is traced over untouched memory.
+    """
+    spec = checkpoint.spec
+    inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
+    with registered_attention(), applied(checkpoint.family.patches(checkpoint.config, precision)), quiet():
+        module = GRAPHS[shape.role](checkpoint.build(ATTENTION), spec, shape).eval()
+        program = torch.onnx.export(
+            module,
+            tuple(example(port) for port in inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # folding would read weights that are not there
+            verbose=False,
+            input_names=[port.name for port in inputs],
+            output_names=[port.name for port in outputs],
+        )
+    assert program is not None
+    _name_weights(
+        program.model, set(checkpoint.files), getattr(checkpoint.config, "tie_word_embeddings", False)
+    )
+    return program.model
+
+
+def example(port: Port) -> torch.Tensor:
+    """A tensor of a port's shape, for tracing: lengths of 1, ids and caches of 0."""
+    value = 1 if port.name in ("prompt_length", "past_length") else 0
+    return torch.full(port.shape, value, dtype=DTYPES[port.dtype])
+
+
+def _name_weights(model: ir.Model, names: set[str], tied: bool) -> None:
+    initializers = model.graph.initializers
+    for traced, value in list(initializers.items()):
+        name = traced.removeprefix(PARAMETER_PREFIX)
+        if tied and name == "lm_head.weight":
+            name = "model.embed_tokens.weight"
+        if name not in names:
+            continue
+        del initializers[traced]
+        if name in initializers:  # the head of a tied pair
+            value.replace_all_uses_with(initializers[name])
+        else:
+            value.name = name
+            initializers[name] = value
+
+
+@contextlib.contextmanager
+def registered_attention() -> Iterator[None]:
+    """Our attention under its name in transformers' attention interface, for the length of a `with` block."""
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    functions[ATTENTION] = portable_attention
+    try:
+        yield
+    finally:
+        del functions[ATTENTION]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's warnings on optional packages and on its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,71 @@
+"""Gemma 3, text: `Gemma3ForCausalLM`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from export.families import Family
+from patches.half_weights import HALF_EMBEDDING, HALF_LINEAR, HALF_TIED_EMBEDDING
+from patches.patch import Patch
+from patches.rms_norm import RMS_NORM
+from patches.tied_embedding import TIED_EMBEDDING
+from runtime.spec import LayerSpec, ModelSpec
+
+KINDS = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear")
+
+
+def refuse(config: Any) -> str | None:
+    """The first thing in a config that the graphs would get wrong, or None."""
+    if config.use_bidirectional_attention:
+        return "use_bidirectional_attention"
+    if len(config.layer_types) != config.num_hidden_layers:
+        return f"{len(config.layer_types)} layer_types for {config.num_hidden_layers} layers"
+    for kind in config.layer_types:
+        if kind not in KINDS:
+            return f"layer type {kind!r}"
+        if (rope := config.rope_parameters[kind]["rope_type"]) not in ROPE_TYPES:
+            return f"RoPE type {rope!r} of its {kind} layers"
+    if "sliding_attention" in config.layer_types and not config.sliding_window:
+        return f"sliding_window {config.sliding_window!r} with sliding layers"
+    if config.num_attention_heads % config.num_key_value_heads:
+        return f"{config.num_attention_heads} heads over {config.num_key_value_heads} key/value heads"
+    if getattr(config, "quantization_config", None) is not None:
+        return "a quantised checkpoint (quantization_config)"
+    return None
+
+
+def spec(config: Any) -> ModelSpec:
+    """The shape of a Gemma 3 decoder, from its config alone."""
+    windows = {"sliding_attention": config.sliding_window, "full_attention": None}
+    return ModelSpec(
+        architecture="Gemma3ForCausalLM",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        layers=tuple(LayerSpec(kind=kind, window=windows[kind]) for kind in config.layer_types),
+    )
+
+
+def patches(config: Any, precision: str) -> tuple[Patch, ...]:
+    """RMSNorm always; the embedding by column where the head shares it; half matrices for fp16."""
+    tied = config.tie_word_embeddings
+    if precision == "fp16":
+        return RMS_NORM, HALF_LINEAR, HALF_TIED_EMBEDDING if tied else HALF_EMBEDDING
+    return (RMS_NORM, TIED_EMBEDDING) if tied else (RMS_NORM,)
+
+
+FAMILY = Family(
+    architecture="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    config=Gemma3TextConfig.from_dict,
+    refuse=refuse,
+    spec=spec,
+    build=Gemma3ForCausalLM,
+    patches=patches,
+)

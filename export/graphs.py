@@ -1,0 +1,91 @@
+"""The two graphs as modules: prefill takes a prompt at once, decode one token.
+
+They call the unchanged model of transformers with a `StaticCache`, positions and masks of their own; what is
+traced below that is the model's code. Shapes: B batch, P prompt slots, S token slots, C cache slots,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.attention import additive_mask
+from export.cache import StaticCache, visible
+from runtime.spec import GraphShape, ModelSpec
+
+
+def masks(spec: ModelSpec, positions: Tensor, slots: int) -> dict[str, Tensor]:
+    """The additive mask of each layer kind, for queries at `positions` [B, S] over `slots` keys."""
+    groups = spec.num_attention_heads // spec.num_key_value_heads
+    windows = {layer.kind: layer.window for layer in spec.layers}
+    return {
+        kind: additive_mask(visible(positions, slots, window), groups) for kind, window in windows.items()
+    }
+
+
+class Graph(nn.Module):
+    """A causal language model as a function of tensors of fixed shapes."""
+
+    def __init__(self, model: Any, spec: ModelSpec, shape: GraphShape) -> None:
+        super().__init__()
+        self.model: Any = model  # of transformers, which is not typed
+        self.spec, self.shape = spec, shape
+
+    def step(
+        self,
+        input_ids: Tensor,
+        past_length: Tensor | None,
+        new_length: Tensor | None,
+        past: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """Run the decoder over `input_ids` [B, S]: (logits [B, 1, V], key, value of layer 0, key, ...)."""
+        positions = torch.arange(input_ids.shape[1])[None, :].expand(input_ids.shape[0], -1)
+        if past_length is not None:
+            positions = positions + past_length[:, None]
+        buffers = list(zip(past[::2], past[1::2], strict=True)) if past else None
+        cache = StaticCache(buffers, past_length, new_length)
+        hidden = self.model.model(
+            input_ids=input_ids,
+            attention_mask=masks(self.spec, positions, self.shape.capacity),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # [B, S, hidden]
+        logits = self.head(hidden if new_length is None else last_valid(hidden, new_length))
+        present = [cache.present[layer] for layer in range(len(self.spec.layers))]
+        return logits, *(tensor for pair in present for tensor in pair)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [B, 1, V] of hidden states [B, 1, hidden], soft-capped as in `Gemma3ForCausalLM.forward`."""
+        logits: Tensor = self.model.lm_head(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def last_valid(hidden: Tensor, length: Tensor) -> Tensor:
+    """The hidden state of each row's last valid token: [B, S, hidden] and int64 [B] to [B, 1, hidden]."""
+    rows = [
+        hidden[row : row + 1].index_select(1, length[row : row + 1] - 1) for row in range(hidden.shape[0])
+    ]
+    return torch.cat(rows)
+
+
+class PrefillGraph(Graph):
+    """`max_len` right-padded token slots, from nothing or continuing a cache of `ctx` slots."""
+
+    def forward(self, input_ids: Tensor, prompt_length: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        past_length, past = (cache[0], cache[1:]) if cache else (None, ())
+        return self.step(input_ids, past_length, prompt_length, past)
+
+
+class DecodeGraph(Graph):
+    """One token a row, over a cache of `ctx` slots."""
+
+    def forward(self, input_ids: Tensor, past_length: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        return self.step(input_ids, past_length, None, past)
+
+
+GRAPHS: dict[str, type[Graph]] = {"prefill": PrefillGraph, "decode": DecodeGraph}

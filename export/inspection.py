@@ -1,0 +1,263 @@
+"""What is in a bundle: files, ops, memory, valid ranges, the last validation. No weight is read.
+
+Shapes: B batch, KV key/value heads, C cache slots, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import onnx
+from rich.markup import escape
+from rich.table import Table
+
+from runtime.errors import StillgraphError
+from runtime.manifest import GraphEntry, Manifest, Validation, check_files, read
+from runtime.spec import Frozen, GraphShape, LayerKind, cache_shape, past_names, present_names
+
+STAGE = "inspect"
+MB = 1e6
+ITEM_BITS = {"FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "INT64": 64, "UINT64": 64, "BOOL": 8, "INT8": 8,
+             "UINT8": 8, "INT16": 16, "UINT16": 16, "INT4": 4, "UINT4": 4}  # fmt: skip
+
+
+class Activation(Frozen):
+    """An intermediate value of a graph and the op that makes it."""
+
+    name: str
+    op: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class GraphInspection(Frozen):
+    """One graph: its shape, how often each op occurs, and the largest value inside it."""
+
+    shape: GraphShape
+    nbytes: int
+    nodes: int
+    ops: dict[str, int]
+    largest_activation: Activation | None
+
+
+class LayerCache(Frozen):
+    """A layer's keys and values: what it sees, its slots, and the bytes of both buffers."""
+
+    kind: LayerKind
+    window: int | None
+    capacity: int
+    nbytes: int
+
+
+class Memory(Frozen):
+    """Bytes of the weights, and of one set of key/value buffers by layer and in all."""
+
+    weights: int
+    layers: tuple[LayerCache, ...]
+    cache: int
+
+
+class Ranges(Frozen):
+    """What the graphs take: token ids below `vocabulary`, `max_len` tokens a call, `ctx` in the cache."""
+
+    batch: int
+    vocabulary: int
+    max_len: int | None
+    continues_cache: bool
+    ctx: int | None
+
+
+class Inspection(Frozen):
+    """Everything `stillgraph inspect` shows."""
+
+    bundle: str
+    model: str
+    architecture: str
+    checkpoint_sha256: str
+    target: str
+    precision: str
+    tools: dict[str, str]
+    files: dict[str, int]
+    graphs: dict[str, GraphInspection]
+    memory: Memory
+    ranges: Ranges
+    validation: Validation | None
+
+
+def inspect(bundle: Path) -> Inspection:
+    """Look into a bundle. Raises StillgraphError where it is not whole."""
+    manifest = read(bundle)
+    check_files(bundle, manifest)
+    return Inspection(
+        bundle=str(bundle),
+        model=manifest.source.id,
+        architecture=manifest.model.architecture,
+        checkpoint_sha256=manifest.source.checkpoint_sha256,
+        target=manifest.target,
+        precision=manifest.precision,
+        tools=manifest.tools,
+        files={file.path: file.nbytes for file in manifest.all_files()},
+        graphs={name: _graph(bundle, entry) for name, entry in manifest.graphs.items()},
+        memory=_memory(manifest),
+        ranges=_ranges(manifest),
+        validation=manifest.validation,
+    )
+
+
+def _graph(bundle: Path, entry: GraphEntry) -> GraphInspection:
+    path = bundle / entry.file.path
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # the parser of protobuf raises what it likes
+        problem = f"{path} is not an ONNX graph ({' '.join(str(error).split())})"
+        raise StillgraphError(STAGE, problem, "export the bundle again") from error
+    return GraphInspection(
+        shape=entry.shape,
+        nbytes=entry.file.nbytes,
+        nodes=len(graph.node),
+        ops=dict(Counter(_op(node) for node in graph.node).most_common()),
+        largest_activation=largest_activation(graph),
+    )
+
+
+def _op(node: onnx.NodeProto) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def largest_activation(graph: onnx.GraphProto) -> Activation | None:
+    """The largest node output that is no graph output, by the shapes in the file; or None."""
+    makers = {name: _op(node) for node in graph.node for name in node.output}
+    found = [_activation(value, makers[value.name]) for value in graph.value_info if value.name in makers]
+    return max(found, key=lambda activation: activation.nbytes, default=None)
+
+
+def _activation(value: onnx.ValueInfoProto, op: str) -> Activation:
+    tensor = value.type.tensor_type
+    dtype = onnx.TensorProto.DataType.Name(tensor.elem_type)
+    shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+    nbytes = -(-math.prod(shape) * ITEM_BITS.get(dtype, 32) // 8)
+    return Activation(name=value.name, op=op, dtype=dtype.lower(), shape=shape, nbytes=nbytes)
+
+
+def _memory(manifest: Manifest) -> Memory:
+    entry = manifest.graph("decode") or manifest.graph("prefill")
+    layers = _caches(manifest, entry) if entry else ()
+    return Memory(
+        weights=sum(tensor.nbytes for tensor in manifest.weights.tensors.values()),
+        layers=layers,
+        cache=sum(layer.nbytes for layer in layers),
+    )
+
+
+def _caches(manifest: Manifest, entry: GraphEntry) -> tuple[LayerCache, ...]:
+    """Per layer, of the buffers that the graph reads, or writes where it reads none."""
+    ports = {port.name: port for port in (*entry.inputs, *entry.outputs)}
+    names = past_names if entry.shape.ctx else present_names
+    _, _, capacity, _ = cache_shape(manifest.model, entry.shape)  # [B, KV, C, D]
+    return tuple(
+        LayerCache(
+            kind=layer.kind,
+            window=layer.window,
+            capacity=capacity,
+            nbytes=sum(ports[name].nbytes for name in names(index)),
+        )
+        for index, layer in enumerate(manifest.model.layers)
+    )
+
+
+def _ranges(manifest: Manifest) -> Ranges:
+    prefill, decode = manifest.graph("prefill"), manifest.graph("decode")
+    entry = decode or prefill
+    return Ranges(
+        batch=entry.shape.batch if entry else 1,
+        vocabulary=manifest.model.vocab_size,
+        max_len=prefill.shape.slots if prefill else None,
+        continues_cache=prefill is not None and prefill.shape.ctx is not None,
+        ctx=entry.shape.ctx if entry else None,
+    )
+
+
+def tables(inspection: Inspection) -> list[Table]:
+    """The same for people."""
+    return [_overview(inspection), _file_table(inspection), _op_table(inspection), _memory_table(inspection)]
+
+
+def _overview(inspection: Inspection) -> Table:
+    ranges = inspection.ranges
+    table = Table(title=f"bundle {escape(inspection.bundle)}", show_header=False)
+    prompt = "no prefill graph"
+    if ranges.max_len is not None:
+        chunks = f"longer ones in chunks, {ranges.ctx} in all" if ranges.continues_cache else "not more"
+        prompt = f"1 to {ranges.max_len} tokens a call; {chunks}"
+    rows = {
+        "model": f"{inspection.model} ({inspection.architecture})",
+        "checkpoint": inspection.checkpoint_sha256,
+        "target, precision": f"{inspection.target}, {inspection.precision}",
+        "made with": ", ".join(f"{name} {version}" for name, version in inspection.tools.items()),
+        "token ids": f"0 to {ranges.vocabulary - 1}",
+        "rows (batch)": f"{ranges.batch}",
+        "prompt": prompt,
+        "context": f"{ranges.ctx} tokens" if ranges.ctx else "no cache is read",
+        "last validation": _verdict(inspection.validation),
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    return table
+
+
+def _verdict(validation: Validation | None) -> str:
+    if validation is None:
+        return "none; run 'stillgraph validate'"
+    word = "passed" if validation.passed else "FAILED"
+    error = f"relative error {validation.max_relative_error:.1e} of {validation.bound:.1e}"
+    cases = f"{validation.cases} cases, top-1 agreement {validation.top1_agreement:.1%}"
+    return f"{word} on {validation.date}: {error}, {cases}"
+
+
+def _file_table(inspection: Inspection) -> Table:
+    table = Table("file", "bytes", title="files")
+    table.columns[1].justify = "right"
+    for name, nbytes in inspection.files.items():
+        table.add_row(escape(name), f"{nbytes:,}")
+    return table
+
+
+def _op_table(inspection: Inspection) -> Table:
+    graphs = inspection.graphs
+    table = Table("op", *(escape(name) for name in graphs), title="ops")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    totals = sum((Counter(graph.ops) for graph in graphs.values()), Counter[str]())
+    for op, _ in totals.most_common():
+        table.add_row(op, *(str(graph.ops.get(op, 0)) for graph in graphs.values()))
+    table.add_section()
+    table.add_row("all", *(str(graph.nodes) for graph in graphs.values()))
+    return table
+
+
+def _memory_table(inspection: Inspection) -> Table:
+    memory = inspection.memory
+    table = Table("what", "MB", "of which", title="memory")
+    table.columns[1].justify = "right"
+    table.add_row("weights", f"{memory.weights / MB:,.2f}", "in one file, mapped")
+    table.add_row("cache", f"{memory.cache / MB:,.2f}", "keys and values of every layer, one set of buffers")
+    for layer, indices in _alike(memory.layers).items():
+        sees = f"window {layer.window}" if layer.window else "sees all"
+        what = f"  {'each of' if len(indices) > 1 else 'of'} {len(indices)} {layer.kind}"
+        layers = ", ".join(map(str, indices))
+        table.add_row(what, f"{layer.nbytes / MB:,.2f}", f"{layer.capacity} slots, {sees}; layers {layers}")
+    for name, graph in inspection.graphs.items():
+        if (largest := graph.largest_activation) is not None:
+            made = f"{largest.op} {largest.dtype} {list(largest.shape)}"
+            table.add_row(f"largest of {name}", f"{largest.nbytes / MB:,.2f}", escape(made))
+    return table
+
+
+def _alike(layers: tuple[LayerCache, ...]) -> dict[LayerCache, list[int]]:
+    groups: dict[LayerCache, list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault(layer, []).append(index)
+    return groups

@@ -1,0 +1,122 @@
+"""The validation report as one self-contained HTML page, readable in light and dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from export.parity import COLUMNS, Parity, case_row
+from runtime.manifest import Manifest
+
+INK = "#808691"  # reads on white and on black
+COLOURS = {True: "#3b82f6", False: "#f59e0b"}
+FLOOR = 1e-9  # where the logarithmic axis puts an exact match
+
+PAGE = jinja2.Template(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Parity of {{ name }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.verdict { font-weight: 600; color: {{ "#16a34a" if parity.passed else "#dc2626" }}; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .85rem; }
+th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #8884; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+tr.broken { color: #dc2626; font-weight: 600; }
+svg { width: 100%; height: auto; } .scroll { overflow-x: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; }
+code { font-size: .85em; }
+</style></head><body>
+<h1>Parity with PyTorch: {{ name }}</h1>
+<p class="verdict">{{ "Passed" if parity.passed else "FAILED" }}: worst relative error
+{{ "%.1e" | format(parity.max_relative_error) }} of logits,
+{{ "%.1e" | format(parity.max_cache_error) }} of keys and values,
+top-1 agreement {{ "%.2f" | format(100 * parity.top1_agreement) }} %.</p>
+<p>{{ parity.why_bound }}. The relative error is max |difference| over max |logit| of the reference.</p>
+<dl>{% for term, value in facts %}<dt>{{ term }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl>
+<h2>Error over positions</h2>{{ positions }}
+<h2>Keys and values, per layer</h2>{{ layers }}
+<h2>Cases</h2>
+<div class="scroll"><table>
+<thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for broken, row in rows %}<tr{% if broken %} class="broken"{% endif %}>
+{%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+<p>optimised: ONNX Runtime's own graph optimisations. prompt (given): the decode graph started from the
+reference's keys and values. max, mean and relative: of logits. cache: the worst layer.</p>
+</body></html>
+""",
+    autoescape=True,
+)
+
+
+def write_page(manifest: Manifest, parity: Parity) -> str:
+    """The page's HTML."""
+    facts = [
+        ("model", manifest.source.id),
+        ("target, precision", f"{manifest.target}, {manifest.precision}"),
+        ("graphs", ", ".join(manifest.graphs)),
+        ("date, depth", f"{parity.date}, {parity.depth}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in parity.tools.items())),
+        ("weights", parity.weights),
+    ]
+    html: str = PAGE.render(
+        name=manifest.source.id,
+        parity=parity,
+        facts=facts,
+        columns=COLUMNS,
+        rows=[(not parity.holds(case), case_row(case)) for case in parity.cases],
+        positions=Markup(_figure(parity, _plot_positions)),
+        layers=Markup(_figure(parity, _plot_layers)),
+    )
+    return html
+
+
+def _figure(parity: Parity, plot: Callable[[Parity, Axes], None]) -> str:
+    with mpl.rc_context({"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
+                         "ytick.color": INK, "svg.fonttype": "none", "svg.hashsalt": "parity"}):  # fmt: skip
+        figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+        plot(parity, axes)
+        axes.set_yscale("log")
+        axes.axhline(parity.bound, color="#dc2626", linewidth=1, linestyle="--", label="bound")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.18))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _plot_positions(parity: Parity, axes: Axes) -> None:
+    for optimised, colour in COLOURS.items():
+        points = [(c.position, c.relative_error) for case in parity.cases if case.optimised == optimised
+                  for c in case.comparisons]  # fmt: skip
+        if points:
+            x, y = np.array(points).T
+            label = f"optimisations {'on' if optimised else 'off'}"
+            axes.scatter(x, np.maximum(y, FLOOR), s=7, color=colour, label=label, alpha=0.6, linewidths=0)
+    axes.set_xlabel("position")
+    axes.set_ylabel("relative error of logits")
+
+
+def _plot_layers(parity: Parity, axes: Axes) -> None:
+    for optimised, colour in COLOURS.items():
+        errors = np.array([case.cache_errors for case in parity.cases if case.optimised == optimised])
+        if errors.size:
+            worst = np.maximum(errors.max(axis=0), FLOOR)
+            label = f"optimisations {'on' if optimised else 'off'}"
+            axes.plot(range(len(worst)), worst, marker="o", markersize=4, color=colour, label=label)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("worst relative error")

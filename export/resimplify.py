@@ -1,0 +1,122 @@
+"""Simplify the graphs of a finished bundle again, in place: for a bundle that an older version made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from export import weights
+from export.bundle import SIMPLIFY_REPORT, Say, carry_over, describe
+from export.simplify import SimplifyReport, as_report, same_outputs, simplify
+from export.staging import staged
+from runtime.errors import StillgraphError
+from runtime.manifest import MANIFEST, File, GraphEntry, Manifest, check_files, read
+from runtime.spec import Frozen
+
+STAGE = "simplify"
+
+
+class Change(Frozen):
+    """What came of one graph: its nodes, and its outputs' largest relative difference, before and after."""
+
+    changed: bool
+    nodes_before: int
+    nodes_after: int
+    worst_difference: float
+
+
+@dataclass(frozen=True)
+class Again:
+    """A graph file's content after another simplification, and the report of its steps."""
+
+    content: bytes
+    changed: bool
+    steps: list[dict[str, str | int | float]]
+
+
+def resimplify(bundle: Path, say: Say) -> dict[str, Change]:
+    """Run today's steps on every graph; by graph, what came of it. The weights file stays as it is.
+
+    Where a graph changed the manifest gets its new hash and loses the result of the last validation, which
+    was another graph's. Where none did the bundle is not touched. Raises StillgraphError for a bundle that is
+    not whole and CheckFailed where a graph would compute something else; the bundle is then as it was.
+    """
+    manifest = read(bundle)
+    check_files(bundle, manifest)
+    results = {name: _simplified(bundle, entry, manifest, say) for name, entry in manifest.graphs.items()}
+    differences = dict.fromkeys(results, 0.0)
+    if any(result.changed for result in results.values()):
+        with staged(bundle) as folder:
+            carry_over(bundle, folder, manifest)
+            differences = _write_graphs(bundle, folder, manifest, results, say)
+            report = _write_report(folder, results, differences)
+            changed = _manifest(folder, manifest, report)
+            (folder / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
+    return {
+        name: Change(
+            changed=result.changed,
+            nodes_before=int(result.steps[0]["nodes_before"]),
+            nodes_after=int(result.steps[-1]["nodes_after"]),
+            worst_difference=differences[name],
+        )
+        for name, result in results.items()
+    }
+
+
+def _simplified(bundle: Path, entry: GraphEntry, manifest: Manifest, say: Say) -> Again:
+    path = bundle / entry.file.path
+    say(f"simplifying {path.name}")
+    try:
+        model = ir.load(path)  # weights stay in their file until someone asks for them
+    except Exception as error:  # the parser of protobuf raises what it likes
+        problem = f"{path} is not an ONNX graph ({' '.join(str(error).split())})"
+        raise StillgraphError(STAGE, problem, "export the bundle again") from error
+    weights.detach(model)
+    simplified, steps = simplify(model)
+    weights.attach(simplified, manifest.weights)
+    proto = ir.to_proto(simplified)
+    changed = not _same_graph(proto.graph, onnx.load(path, load_external_data=False).graph)
+    return Again(proto.SerializeToString(), changed, as_report(steps))
+
+
+def _same_graph(first: onnx.GraphProto, second: onnx.GraphProto) -> bool:
+    """Whether two graphs have the same nodes and constants; constants have no order."""
+    if list(first.node) != list(second.node):
+        return False
+    tensors = ({tensor.name: tensor for tensor in graph.initializer} for graph in (first, second))
+    return next(tensors) == next(tensors)
+
+
+def _write_graphs(
+    bundle: Path, folder: Path, manifest: Manifest, results: dict[str, Again], say: Say
+) -> dict[str, float]:
+    differences = {}
+    for name, result in results.items():
+        path = folder / manifest.graphs[name].file.path
+        path.unlink()  # a link into the bundle, which must not change under it
+        path.write_bytes(result.content)
+        say(f"checking {name} against the graph before")
+        differences[name] = same_outputs(bundle / path.name, path)
+    return differences
+
+
+def _write_report(folder: Path, results: dict[str, Again], differences: dict[str, float]) -> File:
+    path = folder / SIMPLIFY_REPORT
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    steps = {name: result.steps for name, result in results.items()}
+    report = SimplifyReport(graphs=steps, worst_difference=differences)
+    path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return describe(folder, path)
+
+
+def _manifest(folder: Path, manifest: Manifest, report: File) -> Manifest:
+    graphs = {
+        name: entry.model_copy(update={"file": describe(folder, folder / entry.file.path)})
+        for name, entry in manifest.graphs.items()
+    }
+    files = (*(file for file in manifest.files if file.path != report.path), report)
+    return manifest.model_copy(update={"graphs": graphs, "files": files, "validation": None})

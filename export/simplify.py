@@ -1,0 +1,173 @@
+"""Make a traced graph small, and check what came out. Works on the structure; weights are inputs here."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import onnxscript.optimizer
+import onnxsim
+from onnx_ir.passes import common
+
+from runtime.errors import CheckFailed
+from runtime.spec import Frozen
+
+FORBIDDEN = frozenset(
+    "If Loop Scan NonZero Unique Optional SequenceAt SequenceConstruct SequenceEmpty SequenceInsert"
+    " SequenceMap SplitToSequence ConcatFromSequence".split()
+)
+
+SAME = 1e-5  # reordered sums of fp32; a wrong graph is off by far more
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: nodes before and after, its seconds, and the process's peak memory in MB when it ended."""
+
+    step: str
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    peak_rss_mb: float
+
+
+def fold(model: ir.Model) -> ir.Model:
+    """Constants, shapes and no-ops folded away by onnxscript."""
+    onnxscript.optimizer.optimize(model, input_size_limit=1 << 16, output_size_limit=1 << 22)
+    return model
+
+
+def simplify_structure(model: ir.Model) -> ir.Model:
+    """onnxsim on the structure. Its check would run the model with random weights; ours runs the real one."""
+    simplified, _ = onnxsim.simplify(ir.to_proto(model), check_n=0)
+    structure: ir.Model = ir.from_proto(simplified)
+    return structure
+
+
+def tidy(model: ir.Model) -> ir.Model:
+    """Equal subexpressions once, equal constants once, nothing unused, metadata of the trace gone."""
+    passes = ir.passes.Sequential(
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+        common.DeduplicateInitializersPass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+        common.TopologicalSortPass(),
+    )
+    return passes(model).model
+
+
+STEPS: dict[str, Callable[[ir.Model], ir.Model]] = {
+    "fold": fold,
+    "onnxsim": simplify_structure,
+    "tidy": tidy,
+}
+
+
+def simplify(model: ir.Model) -> tuple[ir.Model, list[StepReport]]:
+    """Run every step; raises CheckFailed where the result is not a static graph of allowed ops."""
+    reports = []
+    for name, step in STEPS.items():
+        before, start = len(model.graph), time.perf_counter()
+        model = step(model)
+        seconds = round(time.perf_counter() - start, 3)
+        reports.append(StepReport(name, before, len(model.graph), seconds, peak_rss_mb()))
+    model = check(model)
+    return model, reports
+
+
+def check(model: ir.Model) -> ir.Model:
+    """The model with its shapes inferred; it passed onnx.checker, has static shapes and allowed ops."""
+    proto = ir.to_proto(model)
+    for function in list(proto.functions):
+        raise CheckFailed(
+            "simplify", f"the graph still calls function {function.name}", "report this as a defect"
+        )
+    onnx.checker.check_model(proto)
+    inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    if problem := static_problem(inferred.graph):
+        raise CheckFailed("simplify", problem, "report this as a defect")
+    checked: ir.Model = ir.from_proto(inferred)
+    return checked
+
+
+def static_problem(graph: onnx.GraphProto) -> str | None:
+    """The first op that is not allowed, or value whose shape is not all numbers, in a sentence; or None."""
+    for node in graph.node:
+        if node.op_type in FORBIDDEN or any(a.HasField("g") or a.graphs for a in node.attribute):
+            return f"node {node.name!r} is a {node.op_type}, which a static graph must not have"
+    shapes = {
+        value.name: value.type.tensor_type for value in (*graph.input, *graph.output, *graph.value_info)
+    }
+    for node in graph.node:
+        for name in node.output:
+            tensor = shapes.get(name)
+            if tensor is None or not tensor.HasField("shape"):
+                return f"value {name!r} of {node.op_type} has no shape"
+            if any(not dim.HasField("dim_value") for dim in tensor.shape.dim):
+                return f"value {name!r} of {node.op_type} has a dimension that is not a number"
+    return None
+
+
+def peak_rss_mb() -> float:
+    """This process's peak resident memory in MB; ru_maxrss is in KiB on Linux and in bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024), 1)
+
+
+def same_outputs(before: Path, after: Path, seed: int = 0) -> float:
+    """Run two graph files on the same random inputs, without ONNX Runtime's own optimisations.
+
+    Returns the largest difference of any output, relative to that output's largest magnitude. Raises
+    CheckFailed where it is over `SAME`.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    results = []
+    for path in (before, after):
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        results.append(session.run(None, random_inputs(session, seed)))
+        del session
+    worst = 0.0
+    for first, second in zip(*results, strict=True):
+        scale = float(np.abs(first).max()) or 1.0
+        worst = max(worst, float(np.abs(first - second).max()) / scale)
+    if not worst <= SAME:
+        problem = f"{after.name} differs from the traced graph by {worst:.2e} of its largest value"
+        raise CheckFailed("simplify", problem, "report this as a defect")
+    return worst
+
+
+def random_inputs(session: ort.InferenceSession, seed: int) -> dict[str, np.ndarray]:
+    """Inputs within every graph's valid range: ids 0 to 9, lengths 1, caches normal."""
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for value in session.get_inputs():
+        if value.name.endswith("_length"):
+            feeds[value.name] = np.ones(value.shape, np.int64)
+        elif value.type == "tensor(int64)":
+            feeds[value.name] = rng.integers(0, 10, value.shape)
+        else:
+            feeds[value.name] = rng.standard_normal(value.shape, np.float32)
+    return feeds
+
+
+class SimplifyReport(Frozen):
+    """`reports/simplify.json`: the steps of each graph, and the largest difference before and after."""
+
+    graphs: dict[str, list[dict[str, str | int | float]]]
+    worst_difference: dict[str, float]
+
+
+def as_report(steps: list[StepReport]) -> list[dict[str, str | int | float]]:
+    return [asdict(step) for step in steps]

@@ -1,0 +1,92 @@
+"""A folder that is written beside its place and moved into it when complete."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.errors import StillgraphError
+from runtime.manifest import MANIFEST
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def staged(place: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `place`; on leaving without an error it becomes `place`.
+
+    Whatever ends the process before that, `place` holds what it held. Folders left behind by processes that
+    are gone are removed. Raises StillgraphError where `place` is something else than a bundle.
+    """
+    if place.exists() and (not place.is_dir() or (any(place.iterdir()) and not (place / MANIFEST).is_file())):
+        raise StillgraphError("write bundle", f"{place} exists and is not a bundle", "give another --out")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(place)
+        staging = place.parent / f".{place.name}.staging-{os.getpid()}"
+        staging.mkdir()
+    except OSError as error:
+        raise StillgraphError("write bundle", f"{place}: {error.strerror}", "give another --out") from error
+    try:
+        yield staging
+        _move(staging, place)
+    except OSError as error:
+        problem = f"{place}: {error.strerror or error}"
+        raise StillgraphError("write bundle", problem, "free space or give another --out") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def staged_file(path: Path, content: str) -> None:
+    """Write a text file in one step: a reader, or a crash, sees the former content or the new."""
+    staging = path.with_name(f".{path.name}.staging-{os.getpid()}")
+    staging.write_text(content, encoding="utf-8")
+    staging.replace(path)
+
+
+def _move(staging: Path, place: Path) -> None:
+    if not place.exists():
+        staging.rename(place)
+    elif not _exchange(staging, place):
+        # No atomic exchange here: the former bundle stands aside for the length of one rename.
+        aside = place.parent / f".{place.name}.former-{os.getpid()}"
+        place.rename(aside)
+        staging.rename(place)
+        shutil.rmtree(aside)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one system call, where Linux and the file system can."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0)
+
+
+def _remove_leftovers(place: Path) -> None:
+    for kind in ("former", "staging"):
+        for folder in place.parent.glob(f".{place.name}.{kind}-*"):
+            if _alive(int(folder.name.rpartition("-")[2])):
+                continue
+            if kind == "former" and not place.exists():
+                folder.rename(place)  # a kill between the two renames of `_move`
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,29 @@
+"""RMSNorm as a division by a root, the form that runtimes recognise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patches.patch import Patch
+
+
+def forward(self: Any, x: Tensor) -> Tensor:
+    """`Gemma3RMSNorm.forward` with x / sqrt(mean(x^2) + eps) for x * rsqrt(mean(x^2) + eps)."""
+    wide = x.float()
+    root = torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+    normed: Tensor = wide / root * (1.0 + self.weight.float())
+    return normed.type_as(x)
+
+
+RMS_NORM = Patch(
+    name="rms_norm",
+    target="transformers.models.gemma3.modeling_gemma3:Gemma3RMSNorm.forward",
+    signature=("self", "x"),
+    replacement=forward,
+    reason="ONNX Runtime fuses Sqrt and Div into one kernel, but not the Sqrt and Reciprocal of rsqrt",
+    upstream="https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/optimizer/layer_norm_fusion.cc",
+    remove_when="the portable target may use RMSNormalization (opset 23)",
+)

@@ -1,0 +1,29 @@
+"""A tied embedding read by column, so that the head needs no transposed copy of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from patches.patch import Patch
+
+
+def forward(self: Any, input_ids: Tensor) -> Tensor:
+    """`Gemma3TextScaledWordEmbedding.forward`, gathering columns of the transposed table [hidden, V]."""
+    flat = self.weight.t().index_select(1, input_ids.reshape(-1))  # [hidden, B * S]
+    rows = flat.t().reshape(*input_ids.shape, self.weight.shape[1])  # [B, S, hidden]
+    scaled: Tensor = rows * self.embed_scale.to(self.weight.dtype)
+    return scaled
+
+
+TIED_EMBEDDING = Patch(
+    name="tied_embedding",
+    target="transformers.models.gemma3.modeling_gemma3:Gemma3TextScaledWordEmbedding.forward",
+    signature=("self", "input_ids"),
+    replacement=forward,
+    reason="the head reads its whole matrix for every token and wants it as [hidden, V]; the embedding reads "
+    "a few columns, so the one copy that both share is stored for the head",
+    upstream="transformers/models/gemma3/modeling_gemma3.py, Gemma3TextScaledWordEmbedding",
+    remove_when="runtimes multiply by a transposed constant as fast as by a plain one, without a copy",
+)

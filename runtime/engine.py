@@ -1,0 +1,255 @@
+"""The loop from a prompt to a text: prefill, then one token at a time, as a stream of steps."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runtime.chat import Message, Template, read_template
+from runtime.errors import CheckFailed, StillgraphError
+from runtime.graphpair import GraphPair, Load
+from runtime.manifest import GraphEntry, Manifest, check_files, read
+from runtime.sampling import Sampler, Sampling
+from runtime.session import Array, Session, available_cores, session_options
+from runtime.text import Stops, Stream, Text
+
+FinishReason = Literal["stop", "length", "context"]
+Prompt = str | Sequence[int]
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of a stream.
+
+    token: its id; text: what can be shown since the step before; logprob: log-probability of the token under
+    the model's own distribution; finish_reason: None but in the last step, which is `stop` after a stop token
+    or stop string, `length` after max_new_tokens, `context` when the cache is full; elapsed: seconds since
+    the request, loading graphs not counted.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    finish_reason: FinishReason | None
+    elapsed: float
+
+
+class Row:
+    """One row's way through a request: its ids, its sampler, its text, and why it ended."""
+
+    def __init__(
+        self, prompt: list[int], sampler: Sampler, text: Stream | None, stops: Stops, limit: int
+    ) -> None:
+        self.prompt, self.ids = prompt, list(prompt)
+        self._sampler, self._text, self._stops, self._limit = sampler, text, stops, limit
+        self.finish_reason: FinishReason | None = None
+
+    def step(self, logits: Array, stop_tokens: frozenset[int], room: bool) -> tuple[int, str, float]:
+        """Choose the next token from logits [V]: (token, text, logprob). room: the cache can take it."""
+        token, logprob = self._sampler(logits, self.ids)
+        if not math.isfinite(logprob):
+            problem = f"the graph gave logits that are not finite, at position {len(self.ids)}"
+            raise CheckFailed("generate", problem, "run 'stillgraph validate' on the bundle")
+        self.ids.append(token)
+        stopped = token in stop_tokens
+        text, cut = self._stops.push("" if stopped or self._text is None else self._text.push(token))
+        if stopped or cut:
+            self.finish_reason = "stop"
+        elif len(self.ids) - len(self.prompt) == self._limit:
+            self.finish_reason = "length"
+        elif not room:
+            self.finish_reason = "context"
+        return token, text if cut or self.finish_reason is None else text + self._flush(), logprob
+
+    def _flush(self) -> str:
+        text, cut = self._stops.push(self._text.flush() if self._text else "")
+        if cut:
+            self.finish_reason = "stop"
+        return text + self._stops.flush()
+
+
+class Engine:
+    """A loaded bundle. One request at a time: a new one ends the stream before it."""
+
+    def __init__(self, manifest: Manifest, graphs: GraphPair, text: Text | None, bundle: Path) -> None:
+        """text: None for a bundle without a tokenizer, which takes and gives ids alone."""
+        self.manifest, self.graphs, self.text, self.bundle = manifest, graphs, text, bundle
+        self._stop_tokens = frozenset(manifest.tokens.stop)
+        self._request = 0
+        self._template: Template | None = None
+
+    @property
+    def load_seconds(self) -> float:
+        """All time spent on loading and unloading graphs so far."""
+        return self.graphs.load_seconds
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Step]:
+        """The continuation of a prompt (text, or ids as they are), token by token.
+
+        With a prefill that continues a cache, the prefix that the cache still holds from the request before
+        is not computed again. Raises StillgraphError at once for options or a prompt that cannot be used.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        rows = self.stream_batch([prompt], sampling, max_new_tokens=max_new_tokens, stop=stop)
+        return (step for _, step in rows)
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: Sequence[str] = (),
+    ) -> Iterator[tuple[int, Step]]:
+        """As `stream` for up to as many prompts as the graphs have rows, each with a length and a random
+        stream of its own: (row, step), a step of each unfinished row in turn."""
+        began, loading = time.perf_counter(), self.load_seconds
+        if max_new_tokens < 1:
+            raise StillgraphError("read options", f"max_new_tokens is {max_new_tokens}", "give 1 or more")
+        if not 1 <= len(prompts) <= self.graphs.rows:
+            problem = f"{len(prompts)} prompts for graphs of {self.graphs.rows} rows"
+            raise StillgraphError(
+                "read prompt", problem, "give fewer, or export the bundle with a larger --batch"
+            )
+        rows = []
+        for index, prompt in enumerate(prompts):
+            stream = Stream(self.text) if self.text else None
+            sampler = Sampler(sampling or Sampling(), index)
+            rows.append(Row(self.ids(prompt), sampler, stream, Stops(stop), max_new_tokens))
+        self._request += 1
+        return self._generate(rows, self._request, began - loading)
+
+    def reset(self) -> None:
+        """Forget the cache, so that the next request computes its whole prompt."""
+        self.graphs.reset()
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat, ready for the model's answer. Raises StillgraphError."""
+        if self.text is None:
+            raise StillgraphError("read chat", f"{self.bundle} has no tokenizer", "give token ids instead")
+        self._template = self._template or read_template(self.bundle, self.text.special_tokens)
+        return self.text.encode(self._template.render(messages), special=False)
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked against what the graphs can take. Raises StillgraphError."""
+        if isinstance(prompt, str):
+            if self.text is None:
+                raise StillgraphError(
+                    "read prompt", f"{self.bundle} has no tokenizer", "give token ids instead"
+                )
+            ids = self.text.encode(prompt) if prompt else []
+        else:
+            ids = [int(token) for token in prompt]
+        self._check(ids)
+        return ids
+
+    def _check(self, ids: list[int]) -> None:
+        graphs, vocab = self.graphs, self.manifest.model.vocab_size
+        if not ids:
+            raise StillgraphError("read prompt", "the prompt is empty", "give at least one token")
+        wrong = [token for token in ids if not 0 <= token < vocab]
+        if wrong:
+            problem = f"token id {wrong[0]} is outside the vocabulary of {vocab}"
+            raise StillgraphError("read prompt", problem, f"give ids from 0 to {vocab - 1}")
+        if len(ids) > graphs.ctx:
+            problem = f"the prompt has {len(ids)} tokens and the cache takes {graphs.ctx}"
+            raise StillgraphError("read prompt", problem, "shorten it, or export with a larger --ctx")
+        if len(ids) > graphs.slots and not graphs.continues:
+            problem = f"the prompt has {len(ids)} tokens and the prefill graph takes {graphs.slots}"
+            again = f"stillgraph export prefill --max-len {graphs.slots} --ctx {graphs.ctx}"
+            remedy = f"shorten it, or add a prefill that continues a cache with '{again}'"
+            raise StillgraphError("read prompt", problem, remedy)
+
+    def _generate(self, rows: list[Row], request: int, origin: float) -> Iterator[tuple[int, Step]]:
+        """origin: when the request began, on a clock that stands still while graphs are loaded."""
+        self._still_mine(request)
+        idle = [rows[0].prompt] * (self.graphs.rows - len(rows))  # rows nobody asked for get a copy
+        logits = self.graphs.prefill([row.prompt for row in rows] + idle)
+        while True:
+            fed: list[int | None] = [None] * self.graphs.rows
+            for index, row in enumerate(rows):
+                if row.finish_reason is not None:
+                    continue
+                room = len(row.ids) < self.graphs.ctx  # all ids before the new one are in the cache
+                token, text, logprob = row.step(logits[index], self._stop_tokens, room)
+                fed[index] = token if row.finish_reason is None else None
+                elapsed = time.perf_counter() - self.load_seconds - origin
+                yield index, Step(token, text, logprob, row.finish_reason, elapsed)
+                self._still_mine(request)
+            if all(token is None for token in fed):
+                return
+            logits = self.graphs.decode(fed)
+
+    def _still_mine(self, request: int) -> None:
+        if request != self._request:
+            remedy = "finish one stream before the next, or load a second engine"
+            raise StillgraphError("generate", "another request has begun on this engine", remedy)
+
+
+def load(
+    bundle: str | Path,
+    *,
+    unload_prefill: bool | None = None,
+    threads: int | None = None,
+    check_hashes: bool = False,
+) -> Engine:
+    """Load a bundle, ready for a prompt. Raises StillgraphError.
+
+    unload_prefill: hold one graph at a time in memory; None asks the environment for
+    UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
+    file and compare its hash with the manifest's.
+    """
+    began = time.perf_counter()
+    folder = Path(bundle)
+    manifest = read(folder)
+    check_files(folder, manifest, hashes=check_hashes)
+    prefill, decode = _entry(folder, manifest, "prefill"), _entry(folder, manifest, "decode")
+    if prefill.shape.ctx not in (None, decode.shape.ctx):
+        problem = f"{folder} has a prefill of ctx {prefill.shape.ctx} and a decode of ctx {decode.shape.ctx}"
+        raise StillgraphError("load bundle", problem, "export both with one --ctx")
+    if prefill.shape.batch != decode.shape.batch:
+        problem = f"{folder} has a prefill of {prefill.shape.batch} rows and a decode of {decode.shape.batch}"
+        raise StillgraphError("load bundle", problem, "export both with one --batch")
+    one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
+    text = Text(folder, manifest.tokens.bos) if (folder / "tokenizer.json").is_file() else None
+    graphs = GraphPair(prefill, decode, _loader(folder, manifest, threads, one), one)
+    graphs.load_seconds = time.perf_counter() - began
+    return Engine(manifest, graphs, text, folder)
+
+
+def _loader(folder: Path, manifest: Manifest, threads: int | None, one_at_a_time: bool) -> Load:
+    if threads is not None and threads < 1:
+        raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
+    count = threads or available_cores()
+
+    def open_graph(entry: GraphEntry) -> Session:
+        options = session_options(entry, manifest.precision, count, one_at_a_time)
+        return Session(folder / entry.file.path, entry, options)
+
+    return open_graph
+
+
+def _entry(folder: Path, manifest: Manifest, role: str) -> GraphEntry:
+    entry = manifest.graph(role)
+    if entry is None:
+        remedy = f"add one with 'stillgraph export {role}' into the same --out"
+        raise StillgraphError("load bundle", f"{folder} has no {role} graph", remedy)
+    return entry

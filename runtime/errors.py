@@ -1,0 +1,22 @@
+"""One error type: a sentence that names the stage, the value and the remedy."""
+
+from __future__ import annotations
+
+
+class StillgraphError(Exception):
+    """Wrong use or bad input, told in one sentence. The command line turns it into exit code 2.
+
+    stage: what was being done ("load bundle"); problem: what is wrong, with the value; remedy: what to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, stage: str, problem: str, remedy: str) -> None:
+        self.stage, self.problem, self.remedy = stage, problem, remedy
+        super().__init__(f"{stage}: {problem}; {remedy}.")
+
+
+class CheckFailed(StillgraphError):
+    """The input was fine and a check on the result failed. Exit code 1."""
+
+    exit_code = 1

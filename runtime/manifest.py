@@ -1,0 +1,196 @@
+"""The bundle's manifest: the whole contract between an export and a runtime in any language."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from runtime.errors import StillgraphError
+from runtime.spec import Frozen, GraphShape, ModelSpec, Port, input_ports, output_ports
+
+FORMAT_VERSION: Literal[1] = 1
+MANIFEST = "manifest.json"
+
+Target = Literal["portable", "onnxruntime"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or path in ("", "."):
+        raise ValueError(f"path {path!r} leaves the bundle")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+
+
+class File(Frozen):
+    """A file of the bundle: path relative to it, size in bytes, SHA-256 of its content."""
+
+    path: RelativePath
+    nbytes: NonNegativeInt
+    sha256: Sha256
+
+
+class WeightTensor(Frozen):
+    """Where one weight lies in the weights file: byte offset and length, ONNX dtype name, shape."""
+
+    offset: NonNegativeInt
+    nbytes: NonNegativeInt
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+
+
+class Weights(Frozen):
+    """The one weights file every graph points into."""
+
+    file: File
+    tensors: dict[str, WeightTensor]
+
+
+class Alias(Frozen):
+    """An output that becomes an input of the next call. `same_buffer`: both may be bound to one buffer."""
+
+    output: str
+    input: str
+    same_buffer: bool
+
+
+class GraphEntry(Frozen):
+    """One graph: what fixes its shape, its file, and everything needed to call it."""
+
+    shape: GraphShape
+    file: File
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    aliases: tuple[Alias, ...]
+
+
+class Source(Frozen):
+    """Where the weights came from: the model as the user named it, and a hash of the checkpoint's files."""
+
+    id: str
+    model_type: str
+    checkpoint_sha256: Sha256
+
+
+class Tokens(Frozen):
+    """Special tokens of generation; `stop` end a text."""
+
+    bos: NonNegativeInt | None
+    pad: NonNegativeInt | None
+    stop: tuple[NonNegativeInt, ...]
+
+
+class Validation(Frozen):
+    """Result of the last validation: worst error over max |logit|, its bound, share of equal top-1."""
+
+    passed: bool
+    date: str
+    cases: PositiveInt
+    max_relative_error: float
+    bound: float
+    top1_agreement: float
+
+
+class Manifest(Frozen):
+    """`manifest.json`. Unknown keys are errors; another format version is refused."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    source: Source
+    model: ModelSpec
+    target: Target
+    precision: Precision
+    block_size: PositiveInt | None = None
+    tools: dict[str, str]
+    graphs: dict[str, GraphEntry]
+    weights: Weights
+    tokens: Tokens
+    files: tuple[File, ...]
+    validation: Validation | None = None
+
+    @model_validator(mode="after")
+    def _graphs_fit_the_model(self) -> Manifest:
+        for name, graph in self.graphs.items():
+            if graph.inputs != input_ports(self.model, graph.shape) or graph.outputs != output_ports(
+                self.model, graph.shape
+            ):
+                raise ValueError(f"inputs or outputs of graph {name} do not fit the model it is for")
+        return self
+
+    def graph(self, role: str) -> GraphEntry | None:
+        """The graph of a role, or None."""
+        return next((graph for graph in self.graphs.values() if graph.shape.role == role), None)
+
+    def all_files(self) -> list[File]:
+        return [*(graph.file for graph in self.graphs.values()), self.weights.file, *self.files]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read(bundle: Path) -> Manifest:
+    """Read and check a bundle's manifest. Raises StillgraphError."""
+    path = bundle / MANIFEST
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "no such folder" if not bundle.is_dir() else f"the folder has no {MANIFEST}"
+        raise StillgraphError(
+            "load bundle", f"{bundle}: {what}", "name a folder made by 'stillgraph export'"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StillgraphError(
+            "load bundle", f"{path} is not JSON ({error})", "export the bundle again"
+        ) from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        remedy = f"this stillgraph understands version {FORMAT_VERSION}; export the bundle again with it"
+        raise StillgraphError("load bundle", f"{path} has format version {version!r}", remedy)
+    try:
+        return Manifest.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        problem = f"{path}: {where}: {first['msg']}"
+        raise StillgraphError("load bundle", problem, "export the bundle again") from error
+
+
+def check_files(bundle: Path, manifest: Manifest, hashes: bool = False) -> None:
+    """Check that every file is there with its size and, on request, its hash. Raises StillgraphError."""
+    for file in manifest.all_files():
+        path = bundle / file.path
+        if not path.is_file():
+            raise StillgraphError("load bundle", f"{path} is missing", "export the bundle again")
+        if not path.resolve().is_relative_to(bundle.resolve()):
+            raise StillgraphError("load bundle", f"{path} leaves the bundle", "copy the file into the bundle")
+        if (size := path.stat().st_size) != file.nbytes:
+            problem = f"{path} has {size} bytes where the manifest says {file.nbytes}"
+            raise StillgraphError("load bundle", problem, "copy or export the bundle again")
+        if hashes and sha256(path) != file.sha256:
+            raise StillgraphError(
+                "load bundle", f"{path} does not have the manifest's hash", "export the bundle again"
+            )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def json_schema() -> str:
+    """The manifest's JSON Schema, as published in `runtime/manifest.schema.json`."""
+    return json.dumps(Manifest.model_json_schema(), indent=2) + "\n"

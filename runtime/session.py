@@ -1,0 +1,109 @@
+"""One ONNX Runtime session: loaded, bound to arrays once, run, and its memory handed back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from runtime.errors import StillgraphError
+from runtime.manifest import GraphEntry, Precision
+from runtime.spec import DType, Port
+
+Array = npt.NDArray[Any]
+NUMPY: dict[DType, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
+
+
+class Runner(Protocol):
+    """A loaded graph. The tests of the loop have one of their own, without ONNX Runtime."""
+
+    def bind(self, arrays: Mapping[str, Array]) -> Callable[[], None]:
+        """A call that reads the inputs from, and writes the outputs into, the arrays named in `arrays`."""
+
+
+class Session:
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, path: Path, entry: GraphEntry, options: ort.SessionOptions) -> None:
+        self.entry = entry
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            problem = f"ONNX Runtime cannot load {path} ({_first_line(error)})"
+            raise StillgraphError(
+                "load graph", problem, "check the bundle with 'stillgraph inspect'"
+            ) from error
+
+    def bind(self, arrays: Mapping[str, Array]) -> Callable[[], None]:
+        """See `Runner`. The arrays are bound in place: nothing is copied before or after a run."""
+        return Bound(self._session, self.entry, arrays)
+
+
+class Bound:
+    """A session with every input and output bound to an array's own memory, which it keeps alive."""
+
+    def __init__(self, session: ort.InferenceSession, entry: GraphEntry, arrays: Mapping[str, Array]) -> None:
+        self._session, self._binding = session, session.io_binding()
+        ports = entry.inputs + entry.outputs
+        self._values = {port.name: ort.OrtValue.ortvalue_from_numpy(arrays[port.name]) for port in ports}
+        for port in entry.inputs:
+            self._binding.bind_ortvalue_input(port.name, self._values[port.name])
+        for port in entry.outputs:
+            self._binding.bind_ortvalue_output(port.name, self._values[port.name])
+
+    def __call__(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def session_options(
+    entry: GraphEntry, precision: Precision, threads: int, one_at_a_time: bool = False
+) -> ort.SessionOptions:
+    """The options of a graph's session.
+
+    fp32 weights stay mapped from the file, which both graphs then share: packing them makes a private copy
+    for each graph and takes seconds at load, to gain nothing in decode and a sixth of a prefill. A prefill
+    that is to be unloaded gets no arena, which would keep the memory of its activations.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    if precision == "fp32":
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if entry.shape.role == "prefill" and one_at_a_time:
+        options.enable_cpu_mem_arena = False
+    return options
+
+
+def available_cores() -> int:
+    """Cores this process may use: fewer than the machine's in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def empty(port: Port) -> Array:
+    """A zeroed array for a port; pages that are never touched take no memory."""
+    return np.zeros(port.shape, NUMPY[port.dtype])
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system: collect cycles, then trim the C library's heap where it can."""
+    gc.collect()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    trim(0)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,0 +1,144 @@
+"""The shape of a frozen model: the one source of tensor names, shapes and byte counts.
+
+Shapes: B batch, P prompt slots (`max_len`), C cache slots, KV key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+
+LayerKind = Literal["full_attention", "sliding_attention"]
+DType = Literal["int64", "float32", "float16"]
+Role = Literal["prefill", "decode"]
+ITEM_SIZE: dict[str, int] = {"int64": 8, "float32": 4, "float16": 2}
+
+
+class Frozen(BaseModel):
+    """A value object: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerSpec(Frozen):
+    """One decoder layer: its attention kind, and the positions it sees (None: all of them)."""
+
+    kind: LayerKind
+    window: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _window_fits_kind(self) -> LayerSpec:
+        if (self.kind == "sliding_attention") != (self.window is not None):
+            raise ValueError(f"a {self.kind} layer with window {self.window}")
+        return self
+
+
+class ModelSpec(Frozen):
+    """What the graphs need to know of a decoder."""
+
+    architecture: str
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def windows(self) -> list[int]:
+        """The different windows of the sliding layers, ascending."""
+        return sorted({layer.window for layer in self.layers if layer.window is not None})
+
+
+class Port(Frozen):
+    """One input or output of a graph."""
+
+    name: str
+    dtype: DType
+    shape: tuple[PositiveInt, ...]
+    meaning: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+class GraphShape(Frozen):
+    """What fixes a graph's shape: its role, rows, token slots and cache slots.
+
+    slots: tokens per call, P for a prefill and 1 for a decode. ctx: cache slots of a graph that reads a
+    cache; None for a prefill that starts from nothing.
+    """
+
+    role: Role
+    batch: PositiveInt = 1
+    slots: PositiveInt
+    ctx: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GraphShape:
+        if self.role == "decode" and (self.slots != 1 or self.ctx is None):
+            raise ValueError("a decode graph has one token slot and a ctx")
+        return self
+
+    @property
+    def name(self) -> str:
+        """File name without suffix: `prefill-128`, `decode-1024`."""
+        return f"{self.role}-{self.ctx if self.role == 'decode' else self.slots}"
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each key/value output: ctx, or P where there is no cache to continue."""
+        return self.ctx or self.slots
+
+
+def past_names(layer: int) -> tuple[str, str]:
+    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
+
+
+def present_names(layer: int) -> tuple[str, str]:
+    return f"present.{layer}.key", f"present.{layer}.value"
+
+
+def cache_shape(spec: ModelSpec, shape: GraphShape) -> tuple[int, int, int, int]:
+    """[B, KV, C, D] of every key or value buffer of a portable graph."""
+    return shape.batch, spec.num_key_value_heads, shape.capacity, spec.head_dim
+
+
+def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
+    """The inputs of a graph, in order."""
+    rows = (shape.batch,)
+    ports = [Port(name="input_ids", dtype="int64", shape=(shape.batch, shape.slots), meaning="token ids")]
+    if shape.role == "prefill":
+        ports[0] = ports[0].model_copy(update={"meaning": "token ids, right-padded"})
+        meaning = "valid tokens of this call, at least 1"
+        ports.append(Port(name="prompt_length", dtype="int64", shape=rows, meaning=meaning))
+    if shape.ctx is not None:
+        ports.append(
+            Port(name="past_length", dtype="int64", shape=rows, meaning="tokens already in the cache")
+        )
+        ports += _cache_ports(
+            spec, shape, past_names, "before the call; slots from past_length on are not read"
+        )
+    return tuple(ports)
+
+
+def output_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
+    """The outputs of a graph, in order."""
+    meaning = "next-token logits after the last valid token of each row"
+    logits = Port(name="logits", dtype="float32", shape=(shape.batch, 1, spec.vocab_size), meaning=meaning)
+    return (logits, *_cache_ports(spec, shape, present_names, "after the call"))
+
+
+def _cache_ports(
+    spec: ModelSpec, shape: GraphShape, names: Callable[[int], tuple[str, str]], when: str
+) -> list[Port]:
+    return [
+        Port(name=name, dtype="float32", shape=cache_shape(spec, shape), meaning=f"layer {i} {kind} {when}")
+        for i in range(len(spec.layers))
+        for kind, name in zip(("keys", "values"), names(i), strict=True)
+    ]

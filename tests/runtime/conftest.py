@@ -1,0 +1,297 @@
+"""A model that anyone can follow, as numpy and as ONNX: its next token is sum((slot + 1) * id) mod V.
+
+Its keys hold the ids and its values twice the ids: a wrong slot, order or length shows as a wrong token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from runtime.engine import Engine
+from runtime.graphpair import GraphPair
+from runtime.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights, WeightTensor
+from runtime.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+CHAT = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+
+
+BALLAST: list[tuple[str, list[str], str, dict[str, Any]]] = [
+    ("Expand", ["total", "wide"], "spread", {}),
+    ("MatMul", ["spread", "ballast"], "product", {}),
+    ("ReduceSum", ["product", "axis"], "nought", {}),
+    ("Add", ["total", "nought"], "sum", {}),
+]
+
+
+def next_token(ids: Sequence[int], vocab: int) -> int:
+    return sum((slot + 1) * token for slot, token in enumerate(ids)) % vocab
+
+
+def greedy_tokens(ids: Sequence[int], count: int, vocab: int) -> list[int]:
+    ids, start = list(ids), len(ids)
+    for _ in range(count):
+        ids.append(next_token(ids, vocab))
+    return ids[start:]
+
+
+def spec(vocab: int) -> ModelSpec:
+    return ModelSpec(
+        architecture="MockForCausalLM",
+        vocab_size=vocab,
+        hidden_size=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=1,
+        max_position_embeddings=1024,
+        layers=(LayerSpec(kind="full_attention"),),
+    )
+
+
+def entry(shape: GraphShape, vocab: int, in_place: bool = False, file: File | None = None) -> GraphEntry:
+    names = (
+        [(f"present.0.{kind}", f"past_key_values.0.{kind}") for kind in ("key", "value")] if shape.ctx else []
+    )
+    return GraphEntry(
+        shape=shape,
+        file=file or File(path=f"{shape.name}.onnx", nbytes=0, sha256="0" * 64),
+        inputs=input_ports(spec(vocab), shape),
+        outputs=output_ports(spec(vocab), shape),
+        aliases=tuple(Alias(output=present, input=past, same_buffer=in_place) for present, past in names),
+    )
+
+
+@dataclass
+class Mock:
+    """Loads numpy graphs and remembers what was loaded and how they were called."""
+
+    vocab: int = 11
+    calls: list[tuple[str, list[int], list[int]]] = field(default_factory=list)  # (role, past, new) lengths
+    binds: int = 0
+    alive: list[str] = field(default_factory=list)
+    most_alive: int = 0
+
+    def load(self, entry: GraphEntry) -> MockRunner:
+        self.alive.append(entry.shape.role)
+        self.most_alive = max(self.most_alive, len(self.alive))
+        return MockRunner(self, entry)
+
+
+class MockRunner:
+    def __init__(self, mock: Mock, entry: GraphEntry) -> None:
+        self.mock, self.entry = mock, entry
+
+    def __del__(self) -> None:
+        self.mock.alive.remove(self.entry.shape.role)
+
+    def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
+        self.mock.binds += 1
+        for port in (*self.entry.inputs, *self.entry.outputs):
+            assert arrays[port.name].shape == port.shape, port.name
+        return lambda: self.run(arrays)
+
+    def run(self, arrays: Mapping[str, np.ndarray]) -> None:
+        rows = self.entry.shape.batch
+        new = arrays["prompt_length"] if "prompt_length" in arrays else np.ones(rows, np.int64)
+        past = arrays["past_length"] if "past_length" in arrays else np.zeros(rows, np.int64)
+        assert (new >= 1).all()
+        self.mock.calls.append((self.entry.shape.role, past.tolist(), new.tolist()))
+        for kind, factor in (("key", 1.0), ("value", 2.0)):
+            # NaN in the slots that hold nothing: reading one of them gives a token that is no number
+            held = np.full(arrays[f"present.0.{kind}"].shape, np.nan, np.float32)
+            for row in range(rows):
+                if past[row]:
+                    held[row, 0, : past[row]] = arrays[f"past_key_values.0.{kind}"][row, 0, : past[row]]
+                ids = arrays["input_ids"][row, : new[row]]
+                assert past[row] + new[row] <= held.shape[2], "written past the last slot"
+                held[row, 0, past[row] : past[row] + new[row], 0] = factor * ids
+            arrays[f"present.0.{kind}"][:] = held
+        for row in range(rows):
+            filled = slice(0, past[row] + new[row])
+            ids = arrays["present.0.value"][row, 0, filled, 0] - arrays["present.0.key"][row, 0, filled, 0]
+            target = next_token([int(token) for token in ids], self.mock.vocab)
+            arrays["logits"][row, 0] = -np.abs(np.arange(self.mock.vocab) - target) - 2
+
+
+def manifest(graphs: dict[str, GraphEntry], vocab: int, stop: Sequence[int] = (), **changes: Any) -> Manifest:
+    weights = Weights(
+        file=File(path="weights.data", nbytes=4, sha256=hashlib.sha256(b"\0" * 4).hexdigest()),
+        tensors={"w": WeightTensor(offset=0, nbytes=4, dtype="float32", shape=(1,))},
+    )
+    values = {
+        "source": Source(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
+        "model": spec(vocab),
+        "target": "portable",
+        "precision": "fp32",
+        "tools": {},
+        "graphs": graphs,
+        "weights": weights,
+        "tokens": Tokens(bos=None, pad=None, stop=tuple(stop)),
+        "files": (),
+    }
+    return Manifest(**(values | changes))
+
+
+@pytest.fixture
+def greedy() -> Callable[[Sequence[int], int, int], list[int]]:
+    """(prompt, count, vocab): the mock model's next `count` tokens."""
+    return greedy_tokens
+
+
+@pytest.fixture
+def engine_of(tmp_path: Path) -> Callable[..., tuple[Engine, Mock]]:
+    """An engine over the mock model and what it recorded."""
+
+    def make(
+        slots: int = 4,
+        ctx: int = 16,
+        batch: int = 1,
+        continues: bool = True,
+        in_place: bool = False,
+        one_at_a_time: bool = False,
+        vocab: int = 11,
+        stop: Sequence[int] = (),
+        text: Any = None,
+    ) -> tuple[Engine, Mock]:
+        mock = Mock(vocab)
+        shape = GraphShape(role="prefill", batch=batch, slots=slots, ctx=ctx if continues else None)
+        prefill = entry(shape, vocab, in_place)
+        decode = entry(GraphShape(role="decode", batch=batch, slots=1, ctx=ctx), vocab, in_place)
+        pair = GraphPair(prefill, decode, mock.load, one_at_a_time)
+        graphs = {graph.shape.name: graph for graph in (prefill, decode)}
+        return Engine(manifest(graphs, vocab, stop), pair, text, tmp_path), mock
+
+    return make
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A tokenizer of single bytes after the special tokens: 261 ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(SPECIAL + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return tokenizer
+
+
+@pytest.fixture
+def bundle_of(tmp_path: Path) -> Callable[..., Path]:
+    """A bundle of the mock model as ONNX graphs, with a tokenizer of bytes."""
+
+    def make(
+        slots: int = 8,
+        ctx: int = 64,
+        batch: int = 1,
+        continues: bool = True,
+        roles: Sequence[str] = ("prefill", "decode"),
+        decode_ctx: int | None = None,
+        ballast_mb: int = 0,
+    ) -> Path:
+        bundle, vocab = tmp_path / "bundle", len(SPECIAL) + 256
+        bundle.mkdir()
+        (bundle / "weights.data").write_bytes(b"\0" * 4)
+        tiny_tokenizer().save(str(bundle / "tokenizer.json"))
+        config = {"bos_token": "<bos>", "eos_token": "<eos>"}
+        (bundle / "tokenizer_config.json").write_text(json.dumps(config))
+        (bundle / "chat_template.jinja").write_text(CHAT)
+        shapes = {
+            "prefill": GraphShape(role="prefill", batch=batch, slots=slots, ctx=ctx if continues else None),
+            "decode": GraphShape(role="decode", batch=batch, slots=1, ctx=decode_ctx or ctx),
+        }
+        graphs = {}
+        for role in roles:
+            data = onnx_mock(shapes[role], vocab, ballast_mb if role == "prefill" else 0)
+            file = File(path=f"{role}.onnx", nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            (bundle / file.path).write_bytes(data)
+            graphs[role] = entry(shapes[role], vocab, file=file)
+        text = manifest(graphs, vocab, stop=[1]).to_json()
+        (bundle / "manifest.json").write_text(text)
+        return bundle
+
+    return make
+
+
+def onnx_mock(shape: GraphShape, vocab: int, ballast_mb: int = 0) -> bytes:
+    """The mock model as an ONNX graph of a shape, with a matrix of `ballast_mb` that changes nothing."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, slots, capacity = shape.batch, shape.slots, shape.capacity
+    kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
+    constants = {
+        "slot": np.arange(capacity, dtype=np.int64)[None],
+        "weight": np.arange(1, capacity + 1, dtype=np.float32)[None],
+        "zero": np.array(0, np.int64),
+        "last": np.array(slots - 1, np.int64),
+        "ones": np.ones((rows,), np.int64),
+        "none": np.zeros((rows,), np.int64),
+        "two": np.array(2, np.float32),
+        "v": np.array(vocab, np.float32),
+        "vocab": np.arange(vocab, dtype=np.float32)[None, None],
+        "column": np.array([rows, 1], np.int64),
+        "row": np.array([rows, capacity], np.int64),
+        "buffer": np.array([rows, 1, capacity, 1], np.int64),
+        "cell": np.array([rows, 1, 1], np.int64),
+        "axis": np.array([1], np.int64),
+        "nothing": np.zeros((rows, 1, capacity, 1), np.float32),
+    }
+    if ballast_mb:
+        constants["ballast"] = np.zeros((1024, 256 * ballast_mb), np.float32)
+        constants["wide"] = np.array([rows, 1024], np.int64)
+    past = "past_length" if shape.ctx else "none"
+    new = "prompt_length" if shape.role == "prefill" else "ones"
+    key, value = [f"past_key_values.0.{kind}" if shape.ctx else "nothing" for kind in ("key", "value")]
+    steps = [
+        ("Cast", ["input_ids"], "ids", {"to": TensorProto.FLOAT}),
+        ("Reshape", [past, "column"], "start", {}),
+        ("Reshape", [new, "column"], "count", {}),
+        ("Sub", ["slot", "start"], "source", {}),
+        ("Clip", ["source", "zero", "last"], "index", {}),
+        ("GatherElements", ["ids", "index"], "taken", {"axis": 1}),
+        ("GreaterOrEqual", ["source", "zero"], "after", {}),
+        ("Less", ["source", "count"], "before", {}),
+        ("And", ["after", "before"], "new", {}),
+        ("Reshape", ["new", "buffer"], "written", {}),
+        ("Reshape", ["taken", "buffer"], "key", {}),
+        ("Mul", ["key", "two"], "value", {}),
+        ("Where", ["written", "key", key], "present.0.key", {}),
+        ("Where", ["written", "value", value], "present.0.value", {}),
+        ("Sub", ["present.0.value", "present.0.key"], "difference", {}),
+        ("Reshape", ["difference", "row"], "held", {}),
+        ("Mul", ["held", "weight"], "weighted", {}),
+        ("Add", ["start", "count"], "end", {}),
+        ("Less", ["slot", "end"], "valid", {}),
+        ("Cast", ["valid"], "mask", {"to": TensorProto.FLOAT}),
+        ("Mul", ["weighted", "mask"], "kept", {}),
+        ("ReduceSum", ["kept", "axis"], "total" if ballast_mb else "sum", {}),
+        *(BALLAST if ballast_mb else ()),
+        ("Mod", ["sum", "v"], "next", {"fmod": 1}),
+        ("Reshape", ["next", "cell"], "target", {}),
+        ("Sub", ["vocab", "target"], "distance", {}),
+        ("Abs", ["distance"], "absolute", {}),
+        ("Neg", ["absolute"], "negative", {}),
+        ("Sub", ["negative", "two"], "logits", {}),
+    ]
+
+    def ports(items: Sequence[Any]) -> list[Any]:
+        return [helper.make_tensor_value_info(port.name, kinds[port.dtype], port.shape) for port in items]
+
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, [output], **attributes) for op, inputs, output, attributes in steps],
+        shape.name,
+        ports(input_ports(spec(vocab), shape)),
+        ports(output_ports(spec(vocab), shape)),
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(model.SerializeToString())

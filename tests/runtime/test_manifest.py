@@ -1,0 +1,115 @@
+"""What a manifest refuses, each with one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime import load
+from runtime.errors import StillgraphError
+from runtime.manifest import Manifest, check_files, json_schema, read
+
+
+@pytest.fixture
+def edited(bundle_of) -> Callable[..., Path]:
+    """A bundle whose manifest went through a function."""
+
+    def make(change: Callable[[dict], object]) -> Path:
+        bundle = bundle_of()
+        path = bundle / "manifest.json"
+        raw = json.loads(path.read_text())
+        change(raw)
+        path.write_text(json.dumps(raw))
+        return bundle
+
+    return make
+
+
+def test_a_manifest_reads_as_it_was_written(bundle_of) -> None:
+    bundle = bundle_of()
+    manifest = read(bundle)
+    check_files(bundle, manifest, hashes=True)
+    assert manifest.to_json() == (bundle / "manifest.json").read_text()
+    assert Manifest.model_validate_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw.update(color="red"), "color: Extra inputs"),
+        (lambda raw: raw["graphs"]["decode"].update(color="red"), "graphs.decode.color: Extra inputs"),
+        (lambda raw: raw.update(format_version=2), "format version 2; this stillgraph understands version 1"),
+        (lambda raw: raw.pop("format_version"), "format version None"),
+        (lambda raw: raw.pop("weights"), "weights: Field required"),
+        (lambda raw: raw["weights"]["file"].update(path="../weights.data"), "leaves the bundle"),
+        (lambda raw: raw["graphs"]["decode"]["file"].update(path="/etc/passwd"), "leaves the bundle"),
+        (lambda raw: raw["graphs"]["decode"]["inputs"][0].update(shape=[2, 1]), "do not fit the model"),
+        (lambda raw: raw["model"]["layers"][0].update(window=3), "window 3"),
+        (lambda raw: raw["weights"]["file"].update(path="gone.data"), "gone.data is missing"),
+        (lambda raw: raw["weights"]["file"].update(nbytes=5), "has 4 bytes where the manifest says 5"),
+    ],
+)
+def test_a_manifest_that_is_not_right_is_refused(edited, change, said) -> None:
+    with pytest.raises(StillgraphError, match=said) as caught:
+        load(edited(change))
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_hashes_are_checked_on_request(edited) -> None:
+    bundle = edited(lambda raw: raw["weights"]["file"].update(sha256="f" * 64))
+    load(bundle)
+    with pytest.raises(StillgraphError, match="does not have the manifest's hash"):
+        load(bundle, check_hashes=True)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle_of, tmp_path: Path) -> None:
+    bundle = bundle_of()
+    outside = tmp_path / "weights.data"
+    (bundle / "weights.data").rename(outside)
+    (bundle / "weights.data").symlink_to(outside)
+    with pytest.raises(StillgraphError, match="leaves the bundle"):
+        load(bundle)
+
+
+def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(StillgraphError, match="no such folder"):
+        load(tmp_path / "nothing")
+    with pytest.raises(StillgraphError, match=r"has no manifest\.json"):
+        load(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StillgraphError, match="is not JSON"):
+        load(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(StillgraphError, match="format version None"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["prefill", "decode"])
+def test_a_bundle_with_one_graph_names_the_export_that_adds_the_other(bundle_of, missing) -> None:
+    roles = [role for role in ("prefill", "decode") if role != missing]
+    said = f"has no {missing} graph; add one with 'stillgraph export {missing}'"
+    with pytest.raises(StillgraphError, match=said):
+        load(bundle_of(roles=roles))
+
+
+def test_graphs_of_two_contexts_are_refused(bundle_of) -> None:
+    with pytest.raises(StillgraphError, match="a prefill of ctx 64 and a decode of ctx 32"):
+        load(bundle_of(decode_ctx=32))
+
+
+def test_a_graph_that_is_no_graph(bundle_of) -> None:
+    bundle = bundle_of()
+    graph = bundle / "prefill.onnx"
+    graph.write_bytes(b"x" * graph.stat().st_size)
+    with pytest.raises(StillgraphError, match="load graph: ONNX Runtime cannot load"):
+        load(bundle)
+
+
+def test_the_json_schema_refuses_unknown_keys_too() -> None:
+    schema = json.loads(json_schema())
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["format_version"]["const"] == 1

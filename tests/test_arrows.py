@@ -1,0 +1,113 @@
+"""Which package may import which, by reading every file and by importing in a fresh process."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("export", "patches", "runtime")
+OF_RUNTIME = {f"runtime.{name}" for name in ("errors", "guard", "manifest", "spec")}  # open to export
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every absolute module that a file imports, anywhere in it; a relative import is yielded as `.`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield "."
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            submodules = [name for name in modules if (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+            yield from submodules or [str(node.module)]
+
+
+def wrong(package: str, source: str) -> list[str]:
+    """The imports of a file of `package` that the arrows do not allow."""
+    heads = [(name, name.partition(".")[0]) for name in imported(source)]
+    ours = [name for name, head in heads if head in PACKAGES and head != package]
+    relative = [name for name, _ in heads if name == "."]
+    if package == "export":
+        return relative + [name for name in ours if name not in OF_RUNTIME and not name.startswith("patches")]
+    if package == "runtime":
+        return relative + ours + [name for name, head in heads if head in HEAVY]
+    return relative + ours
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_arrows(package) -> None:
+    assert files(package)
+    found = {str(path): wrong(package, path.read_text(encoding="utf-8")) for path in files(package)}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "names"),
+    [
+        ("runtime", "import export.config", ["export.config"]),
+        ("runtime", "def f():\n    from torch import nn", ["torch"]),
+        ("runtime", "import onnxruntime, numpy", []),
+        ("runtime", "from . import spec", ["."]),
+        ("export", "from runtime import load", ["runtime"]),
+        ("export", "from runtime import spec", []),
+        ("export", "from runtime.engine import Engine", ["runtime.engine"]),
+        ("export", "from runtime.manifest import read\nfrom patches.patch import applied", []),
+        ("patches", "from runtime.spec import Frozen", ["runtime.spec"]),
+        ("patches", "import torch", []),
+    ],
+)
+def test_an_arrow_the_wrong_way_is_seen(package, source, names) -> None:
+    assert wrong(package, source) == names
+
+
+def test_no_module_is_named_after_a_library() -> None:
+    ours = {name for name, owners in packages_distributions().items() if owners == ["stillgraph"]}
+    libraries = (set(packages_distributions()) | set(sys.stdlib_module_names)) - ours
+    names = {path.stem for package in PACKAGES for path in files(package) if path.stem[:2] != "__"}
+    assert names & libraries == set()
+
+
+def fresh(code: str) -> str:
+    """What a new interpreter prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "module", ["runtime", "runtime.cli", "runtime.commands", "export.cli", "export.__main__"]
+)
+def test_an_import_brings_nothing_heavy(module) -> None:
+    assert fresh(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
+
+
+def test_importing_the_patches_changes_nothing() -> None:
+    """Every attribute of what the patches change is the same object before and after their import."""
+    code = f"""
+import importlib
+import torch
+from transformers.models.gemma3 import modeling_gemma3
+from transformers import modeling_utils
+
+def attributes():
+    owners = [modeling_gemma3, modeling_utils, torch, torch.Tensor, torch.nn.functional]
+    owners += [value for value in vars(modeling_gemma3).values() if isinstance(value, type)]
+    return {{(id(owner), name): id(value) for owner in owners for name, value in list(vars(owner).items())}}
+
+before = attributes()
+for name in {[path.stem for path in files("patches") if path.stem != "__init__"]}:
+    importlib.import_module("patches." + name)
+print(before == attributes())
+"""
+    assert fresh(code) == "True"
