@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from pydantic import ValidationError
 
 from export import weights
-from export.checkpoint import CARRIED, Checkpoint, open_checkpoint
+from export.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_json
 from export.config import ExportConfig, check_fits_bundle, check_positions
 from export.convert import convert
 from export.simplify import SimplifyReport, as_report, same_outputs, simplify
@@ -28,6 +28,7 @@ from runtime.manifest import (
     Source,
     Tokens,
     Weights,
+    check_files,
     read,
     sha256,
 )
@@ -57,7 +58,10 @@ def export(config: ExportConfig, shapes: list[GraphShape], replace: bool, say: S
     """
     say("reading the checkpoint")
     checkpoint = open_checkpoint(config.model)
+    special = tokens(checkpoint)
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
+    if former is not None:
+        check_files(config.place, former)
     for shape in shapes:
         check_positions(checkpoint.spec, shape)
         if former is not None:
@@ -76,7 +80,7 @@ def export(config: ExportConfig, shapes: list[GraphShape], replace: bool, say: S
             graphs[entry.shape.name] = _write_graph(folder, checkpoint, entry, stored)
         _drop_unlisted(folder, graphs)
         _write_simplify_report(folder, traced, stored, say)
-        manifest = _manifest(folder, checkpoint, config, graphs, stored)
+        manifest = _manifest(folder, checkpoint, config, special, graphs, stored)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -130,7 +134,8 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: W
     path.unlink(missing_ok=True)  # it may be a link into the former bundle
     ir.save(traced.after, path)
     pairs = [
-        Alias(output=output, input=past, same_buffer=False)
+        # A decode only scatters into its past; a prefill selects between two buffers.
+        Alias(output=output, input=past, same_buffer=shape.role == "decode")
         for layer in range(len(spec.layers))
         for output, past in zip(present_names(layer), past_names(layer), strict=True)
     ]
@@ -169,7 +174,12 @@ def _write_simplify_report(folder: Path, traced: list[Traced], stored: Weights, 
 
 
 def _manifest(
-    folder: Path, checkpoint: Checkpoint, config: ExportConfig, graphs: dict[str, GraphEntry], stored: Weights
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    special: Tokens,
+    graphs: dict[str, GraphEntry],
+    stored: Weights,
 ) -> Manifest:
     files = []
     for name in CARRIED:
@@ -189,22 +199,30 @@ def _manifest(
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         graphs=graphs,
         weights=stored,
-        tokens=tokens(checkpoint),
+        tokens=special,
         files=(*files, describe(folder, folder / SIMPLIFY_REPORT)),
     )
 
 
 def tokens(checkpoint: Checkpoint) -> Tokens:
-    """Special tokens: of generation_config.json where there is one, else of the config."""
+    """Special tokens: of generation_config.json where there is one, else of the config.
+
+    Raises StillgraphError where they are not numbers of tokens.
+    """
     path = checkpoint.folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    generation = read_json(path, "download the file again") if path.is_file() else {}
 
     def get(name: str) -> object:
         return generation.get(name, getattr(checkpoint.config, name, None))
 
     stop = get("eos_token_id")
     stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
-    return Tokens.model_validate({"bos": get("bos_token_id"), "pad": get("pad_token_id"), "stop": stop})
+    try:
+        return Tokens.model_validate({"bos": get("bos_token_id"), "pad": get("pad_token_id"), "stop": stop})
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{path}: special token {first['loc'][0]} is {first['input']!r}: {first['msg']}"
+        raise StillgraphError(STAGE, problem, "give it the number of a token") from error
 
 
 def describe(folder: Path, path: Path) -> File:

@@ -27,20 +27,18 @@ def write(past: Tensor, new: Tensor, past_length: Tensor, new_length: Tensor | N
     """`past` with the first `new_length` tokens of `new` at slots `past_length` and on: [B, KV, C, D].
 
     past: [B, KV, C, D]; new: [B, KV, S, D]; past_length, new_length: int64 [B], None where S is 1.
-    Padding tokens are never written, so a padded chunk may reach past the last slot. Written as Gather and
-    Where over whole buffers: no scatter, no transpose, no length in a shape.
+    Padding tokens are never written, so a padded chunk may reach past the last slot. No transpose, and no
+    length in a shape. One token is scattered along the slots, which a runtime can do in place; a chunk is
+    gathered into its slots and selected over the whole buffer.
     """
-    capacity, slots = past.shape[2], new.shape[2]
-    source = (
-        torch.arange(capacity)[None, :] - past_length[:, None]
-    )  # [B, C]: which new token a slot would take
     if new_length is None:
-        return torch.where((source == 0)[:, None, :, None], new, past)
+        return past.scatter(2, past_length[:, None, None, None].expand_as(new), new)
+    capacity, slots = past.shape[2], new.shape[2]
+    # Which of the new tokens each slot would take: [B, C].
+    source = torch.arange(capacity)[None, :] - past_length[:, None]
     written = (source >= 0) & (source < new_length[:, None])
     source = source.clamp(0, slots - 1)
-    rows = [
-        new[row : row + 1].index_select(2, source[row]) for row in range(new.shape[0])
-    ]  # [1, KV, C, D] each
+    rows = [new[row, None].index_select(2, source[row]) for row in range(new.shape[0])]
     return torch.where(written[:, None, :, None], torch.cat(rows), past)
 
 

@@ -93,7 +93,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def open_checkpoint(model: str) -> Checkpoint:
     """Find, read and check a checkpoint: `demo`, a local folder or a hub id. Raises StillgraphError."""
     folder = _folder(model)
-    raw = _json(folder / "config.json", "name a folder with a Hugging Face checkpoint")
+    raw = read_json(folder / "config.json", "name a folder with a Hugging Face checkpoint")
     architectures = raw.get("architectures") or [None]
     family = families().get(architectures[0])
     if family is None:
@@ -101,16 +101,23 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise StillgraphError(
             STAGE, f"{model}: architecture {architectures[0]!r} is not supported", f"use {known}"
         )
-    try:
+    with _valid_config(model):
         config = family.config(raw)
-    except Exception as error:  # whatever transformers makes of a bad config, the user gets one sentence
-        problem = f"{model}: config.json is not valid: {' '.join(str(error).split())}"
-        raise StillgraphError(STAGE, problem, "mend config.json") from error
     if reason := family.refuse(config):
         raise StillgraphError(STAGE, f"{model}: {reason} is not supported", "export another checkpoint")
     checkpoint = Checkpoint(model, folder, family, config, dict(_tensor_files(folder)))
     _check_tensors(checkpoint)
     return checkpoint
+
+
+@contextlib.contextmanager
+def _valid_config(model: str) -> Iterator[None]:
+    """Whatever transformers and torch make of a bad config, the user gets one sentence."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"{model}: config.json is not valid: {' '.join(str(error).split())}"
+        raise StillgraphError(STAGE, problem, "mend config.json") from error
 
 
 def _folder(model: str) -> Path:
@@ -133,11 +140,14 @@ def _folder(model: str) -> Path:
         ) from error
 
 
-def _json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object. Raises StillgraphError, with `remedy` where the file is missing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StillgraphError(STAGE, f"{path} is missing", remedy) from None
+    except OSError as error:
+        raise StillgraphError(STAGE, f"{path}: {error.strerror}", "mend the checkpoint folder") from error
     except ValueError as error:
         raise StillgraphError(STAGE, f"{path} is not JSON ({error})", "download the file again") from error
     if not isinstance(content, dict):
@@ -148,7 +158,10 @@ def _json(path: Path, remedy: str) -> dict[str, Any]:
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
     paths = [folder / WEIGHTS]
     if not paths[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
-        index = _json(folder / WEIGHTS_INDEX, "")["weight_map"]
+        index = read_json(folder / WEIGHTS_INDEX, "download the file again").get("weight_map")
+        if not isinstance(index, dict):
+            problem = f"{folder / WEIGHTS_INDEX} has no weight_map"
+            raise StillgraphError(STAGE, problem, "download the file again")
         paths = [folder / name for name in sorted(set(index.values()))]
     for path in paths:
         if not path.is_file():
@@ -163,7 +176,7 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    with torch.device("meta"):
+    with torch.device("meta"), _valid_config(checkpoint.id):
         model = checkpoint.family.build(checkpoint.config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(expected)

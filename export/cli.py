@@ -5,7 +5,6 @@ torch and onnx are imported inside the commands: help and wrong use are told at 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic_core import to_json
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -71,7 +71,7 @@ class Output:
     def result(self, line: dict[str, object], *shown: RenderableType) -> None:
         """One line of JSON, or the same for people."""
         if self.as_json:
-            print(json.dumps(line), flush=True)
+            print(to_json(line, inf_nan_mode="null").decode(), flush=True)  # JSON has no NaN
             return
         console = Console(highlight=False)
         if not console.is_terminal:

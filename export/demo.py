@@ -207,6 +207,7 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, minutes: float, steps: 
 def save(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the checkpoint into `out` in bfloat16, with the files that a published Gemma 3 has."""
     model.to(torch.bfloat16).save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written for its owner alone, which an installed package is not
     tokenizer.save_pretrained(out)
     turn = SPECIAL.index("<end_of_turn>")
     GenerationConfig.from_dict(

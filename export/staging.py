@@ -26,16 +26,17 @@ def staged(place: Path) -> Iterator[Path]:
     """
     if place.exists() and (not place.is_dir() or (any(place.iterdir()) and not (place / MANIFEST).is_file())):
         raise StillgraphError("write bundle", f"{place} exists and is not a bundle", "give another --out")
+    real = place.resolve()  # a link to a bundle stays a link
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(place)
-        staging = place.parent / f".{place.name}.staging-{os.getpid()}"
+        real.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(real)
+        staging = real.parent / f".{real.name}.staging-{os.getpid()}"
         staging.mkdir()
     except OSError as error:
         raise StillgraphError("write bundle", f"{place}: {error.strerror}", "give another --out") from error
     try:
         yield staging
-        _move(staging, place)
+        _move(staging, real)
     except OSError as error:
         problem = f"{place}: {error.strerror or error}"
         raise StillgraphError("write bundle", problem, "free space or give another --out") from error
@@ -73,8 +74,9 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _remove_leftovers(place: Path) -> None:
     for kind in ("former", "staging"):
-        for folder in place.parent.glob(f".{place.name}.{kind}-*"):
-            if _alive(int(folder.name.rpartition("-")[2])):
+        for folder in list(place.parent.iterdir()):
+            prefix, _, pid = folder.name.rpartition("-")
+            if prefix != f".{place.name}.{kind}" or not pid.isdecimal() or _at_work(int(pid)):
                 continue
             if kind == "former" and not place.exists():
                 folder.rename(place)  # a kill between the two renames of `_move`
@@ -82,7 +84,10 @@ def _remove_leftovers(place: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def _at_work(pid: int) -> bool:
+    """Whether another process of this number runs. In a container every export may have the same number."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -24,6 +24,6 @@ TIED_EMBEDDING = Patch(
     replacement=forward,
     reason="the head reads its whole matrix for every token and wants it as [hidden, V]; the embedding reads "
     "a few columns, so the one copy that both share is stored for the head",
-    upstream="transformers/models/gemma3/modeling_gemma3.py, Gemma3TextScaledWordEmbedding",
+    upstream="https://github.com/huggingface/transformers/tree/main/src/transformers/models/gemma3",
     remove_when="runtimes multiply by a transposed constant as fast as by a plain one, without a copy",
 )

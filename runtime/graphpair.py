@@ -1,7 +1,7 @@
 """Prefill and decode over one set of cache buffers.
 
-Buffers are allocated once and bound once. Where an output may not share its input's buffer there are two sets
-of them, and a step reads one and writes the other.
+Buffers are allocated once and bound once. Where a graph's outputs may not share its inputs' buffers there are
+two sets of them, and a call of that graph reads one and writes the other.
 Shapes: B rows, P prompt slots, C cache slots, V vocabulary.
 """
 
@@ -35,11 +35,9 @@ class Buffers:
 class BoundGraph:
     """One graph with its small inputs, its logits, and a call for each direction between the buffer sets."""
 
-    def __init__(self, entry: GraphEntry, load: Load, shared: Buffers | None = None) -> None:
-        """shared: the cache buffers of another graph to read and write, instead of ones of its own."""
-        self.entry, self._load = entry, load
+    def __init__(self, entry: GraphEntry, load: Load, buffers: Buffers) -> None:
+        self.entry, self._load, self.buffers = entry, load, buffers
         self.past_of = {alias.output: alias.input for alias in entry.aliases}
-        self.buffers = shared or _own_buffers(entry)
         past = set(self.past_of.values())
         self.inputs = {port.name: empty(port) for port in entry.inputs if port.name not in past}
         self.logits = next(empty(port) for port in entry.outputs if port.name == "logits")  # [B, 1, V]
@@ -53,7 +51,7 @@ class BoundGraph:
         runner, sets = self._load(self.entry), self.buffers.sets
         present = [port.name for port in self.entry.outputs if port.name != "logits"]
         for index, past in enumerate(sets):
-            written = sets[(index + 1) % len(sets)]
+            written = past if in_place(self.entry) else sets[(index + 1) % len(sets)]
             outputs = {name: written[self.past_of.get(name, name)] for name in present}
             self._calls.append(runner.bind({**past, **outputs, **self.inputs, "logits": self.logits}))
 
@@ -62,7 +60,8 @@ class BoundGraph:
 
     def run(self) -> None:
         self._calls[self.buffers.current]()
-        self.buffers.flip()
+        if not in_place(self.entry):
+            self.buffers.flip()
 
 
 class GraphPair:
@@ -79,8 +78,12 @@ class GraphPair:
         self.continues = prefill.shape.ctx is not None
         self.one_at_a_time = one_at_a_time
         self.load_seconds = 0.0
-        self._decode = BoundGraph(decode, load)
-        self._prefill = BoundGraph(prefill, load, self._decode.buffers if self.continues else None)
+        past = {alias.input for alias in decode.aliases}
+        alone = in_place(decode) and (in_place(prefill) or not self.continues)
+        shared = Buffers([port for port in decode.inputs if port.name in past], 1 if alone else 2)
+        present = Buffers([port for port in prefill.outputs if port.name != "logits"], 1)
+        self._decode = BoundGraph(decode, load, shared)
+        self._prefill = BoundGraph(prefill, load, shared if self.continues else present)
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]
         self._use(self._prefill)
         if not one_at_a_time:
@@ -167,10 +170,6 @@ class GraphPair:
         self.load_seconds += time.perf_counter() - began
 
 
-def _own_buffers(entry: GraphEntry) -> Buffers:
-    """Two sets where a present may not lie in its past's buffer, else one; outputs alone without a past."""
-    past = {alias.input for alias in entry.aliases}
-    ports = [port for port in entry.inputs if port.name in past]
-    if not ports:
-        return Buffers([port for port in entry.outputs if port.name != "logits"], 1)
-    return Buffers(ports, 1 if all(alias.same_buffer for alias in entry.aliases) else 2)
+def in_place(entry: GraphEntry) -> bool:
+    """Whether every present may lie in its past's buffer."""
+    return all(alias.same_buffer for alias in entry.aliases)

@@ -20,7 +20,8 @@ ITEM_SIZE: dict[str, int] = {"int64": 8, "float32": 4, "float16": 2}
 class Frozen(BaseModel):
     """A value object: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # NaN of a failed check must survive the way through JSON; as null it would not be read again.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class LayerSpec(Frozen):

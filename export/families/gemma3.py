@@ -21,14 +21,20 @@ def refuse(config: Any) -> str | None:
     """The first thing in a config that the graphs would get wrong, or None."""
     if config.use_bidirectional_attention:
         return "use_bidirectional_attention"
+    if "rope_type" in config.rope_parameters:  # transformers reads none of it, not even a scaling
+        return "rope_parameters without a part for each layer kind"
     if len(config.layer_types) != config.num_hidden_layers:
         return f"{len(config.layer_types)} layer_types for {config.num_hidden_layers} layers"
     for kind in config.layer_types:
         if kind not in KINDS:
             return f"layer type {kind!r}"
-        if (rope := config.rope_parameters[kind]["rope_type"]) not in ROPE_TYPES:
-            return f"RoPE type {rope!r} of its {kind} layers"
-    if "sliding_attention" in config.layer_types and not config.sliding_window:
+        rope = config.rope_parameters[kind]
+        # The old key `type` is kept by transformers and not read: such a scaling would be lost.
+        if (name := rope.get("type", rope["rope_type"])) not in ROPE_TYPES:
+            return f"RoPE type {name!r} of its {kind} layers"
+        if name != rope["rope_type"]:
+            return f"'type' in place of 'rope_type' in the RoPE parameters of its {kind} layers"
+    if "sliding_attention" in config.layer_types and (config.sliding_window or 0) < 1:
         return f"sliding_window {config.sliding_window!r} with sliding layers"
     if config.num_attention_heads % config.num_key_value_heads:
         return f"{config.num_attention_heads} heads over {config.num_key_value_heads} key/value heads"

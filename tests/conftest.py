@@ -1,0 +1,160 @@
+"""Tiny random Gemma 3 checkpoints with odd shapes, and the bundles exported from them, once a session.
+
+Folders that these fixtures return are shared: a test that changes one copies it first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# Window below the prompt, grouped heads, a head size that is no power of two and not hidden / heads.
+SMALL: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "vocab_size": 272,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 5,
+    "max_position_embeddings": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+Shapes = list[tuple[str, int, int | None]]  # (role, slots, ctx) of each graph
+PAIR: Shapes = [("prefill", 16, 40), ("decode", 1, 40)]
+
+CheckpointFactory = Callable[..., Path]
+BundleFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """`tiny_checkpoint(seed=0, **config)`: the folder of a checkpoint; a value of None leaves the key out."""
+    made: dict[str, Path] = {}
+
+    def make(seed: int = 0, **config: Any) -> Path:
+        raw = {name: value for name, value in (SMALL | config).items() if value is not None}
+        key = json.dumps([seed, raw])
+        if key not in made:
+            folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+            write_checkpoint(folder, raw, seed)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory
+) -> BundleFactory:
+    """`tiny_bundle(shapes=PAIR, precision="fp32", batch=1, **config)`: a bundle of a tiny checkpoint."""
+    made: dict[str, Path] = {}
+
+    def make(shapes: Shapes = PAIR, precision: str = "fp32", batch: int = 1, **config: Any) -> Path:
+        from export.bundle import export
+        from export.config import request
+        from runtime.spec import GraphShape
+
+        checkpoint = tiny_checkpoint(**config)
+        key = json.dumps([shapes, precision, batch, str(checkpoint)])
+        if key not in made:
+            out = tmp_path_factory.mktemp("bundle") / "tiny"
+            graphs = [GraphShape(role=role, batch=batch, slots=slots, ctx=ctx) for role, slots, ctx in shapes]
+            values = {"model": str(checkpoint), "target": "portable", "precision": precision}
+            export(request(**values, batch=batch, out=out), graphs, replace=False, say=lambda line: None)
+            made[key] = out
+        return made[key]
+
+    return make
+
+
+def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
+    """All files of a checkpoint, with `raw` as config.json word for word."""
+    from safetensors.torch import save_file
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+
+    folder.mkdir(parents=True)
+    model = Gemma3ForCausalLM(Gemma3TextConfig.from_dict(dict(raw)))
+    randomise(model, seed)
+    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    GenerationConfig(bos_token_id=2, eos_token_id=[1, 5], pad_token_id=0).save_pretrained(folder)
+    write_tokenizer(folder)
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Seeded weights: matrices large enough for logits that vary, no norm at its initial constant."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+            else:
+                parameter.normal_(0.0, 0.1, generator=generator)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE without merges: special tokens, then one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., AbstractContextManager[None]]:
+    """`with refused("read checkpoint", "config.json"):` - bad input, one sentence with these words."""
+
+    @contextmanager
+    def check(stage: str, *words: str) -> Iterator[None]:
+        from runtime.errors import StillgraphError
+
+        with pytest.raises(StillgraphError) as caught:
+            yield
+        said = str(caught.value)
+        assert caught.value.exit_code == 2
+        assert "\n" not in said
+        assert caught.value.problem
+        assert caught.value.remedy
+        assert said == f"{stage}: {caught.value.problem}; {caught.value.remedy}."
+        assert [word for word in words if word not in said] == [], said
+
+    return check

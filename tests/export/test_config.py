@@ -1,0 +1,147 @@
+"""Sizes and settings that are refused before any work is done, and graphs that do not fit their bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.bundle import export
+from export.checkpoint import open_checkpoint
+from export.config import (
+    ExportConfig,
+    check_fits_bundle,
+    check_positions,
+    decode_shape,
+    prefill_shape,
+    request,
+)
+from runtime.manifest import read
+from runtime.spec import GraphShape
+
+Refused = Callable[..., AbstractContextManager[None]]
+VALUES: dict[str, Any] = {"model": "demo", "target": "portable", "precision": "fp32", "batch": 1, "out": None}
+
+
+def test_a_request() -> None:
+    config = request(**VALUES)
+    assert config.place == Path("artifacts/demo")
+    assert request(**VALUES | {"model": "/some/where/gemma"}).place == Path("artifacts/gemma")
+    assert request(**VALUES | {"out": Path("here")}).place == Path("here")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"precision": "int4"}, ("--precision 'int4'", "fp32 or fp16")),
+        ({"target": "onnxruntime"}, ("--target 'onnxruntime'", "portable")),
+        ({"batch": 0}, ("--batch 0", "1 or more")),
+        ({"batch": -2}, ("--batch -2", "1 or more")),
+    ],
+)
+def test_a_request_for_what_is_not_built(
+    refused: Refused, values: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    with refused("export", *words):
+        request(**VALUES | values)
+
+
+@pytest.mark.parametrize(
+    ("max_len", "ctx", "words"),
+    [
+        (17, 16, ("--max-len 17 is over --ctx 16", "lower --max-len or raise --ctx")),
+        (0, None, ("--max-len 0", "1 or more")),
+        (-1, 16, ("--max-len -1", "1 or more")),
+        (8, 0, ("--ctx 0", "1 or more")),
+        (8, -8, ("--ctx -8", "1 or more")),
+    ],
+)
+def test_prefill_sizes(refused: Refused, max_len: int, ctx: int | None, words: tuple[str, ...]) -> None:
+    with refused("export", *words):
+        prefill_shape(ExportConfig(), max_len, ctx)
+
+
+@pytest.mark.parametrize("ctx", [1, 0, -4])
+def test_decode_sizes(refused: Refused, ctx: int) -> None:
+    with refused("export", f"--ctx {ctx}", "2 or more"):
+        decode_shape(ExportConfig(), ctx)
+
+
+def test_shapes_at_the_edge_are_fine() -> None:
+    assert prefill_shape(ExportConfig(batch=3), 16, 16) == GraphShape(
+        role="prefill", batch=3, slots=16, ctx=16
+    )
+    assert decode_shape(ExportConfig(), 2) == GraphShape(role="decode", slots=1, ctx=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "option"),
+    [
+        (GraphShape(role="prefill", slots=65), "--max-len 65"),
+        (GraphShape(role="prefill", slots=8, ctx=65), "--ctx 65"),
+        (GraphShape(role="decode", slots=1, ctx=65), "--ctx 65"),
+    ],
+)
+def test_more_positions_than_the_model_has(
+    refused: Refused, tiny_checkpoint: Callable[..., Path], shape: GraphShape, option: str
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint()))
+    with refused("export", option, "max_position_embeddings of 64", "lower"):
+        check_positions(checkpoint.spec, shape)
+    check_positions(checkpoint.spec, GraphShape(role="decode", slots=1, ctx=64))
+
+
+PREFILL = GraphShape(role="prefill", slots=16, ctx=40)
+OTHERS: list[tuple[dict[str, Any], GraphShape, str]] = [
+    ({"sha256": "0" * 64}, PREFILL, "checkpoint"),
+    ({"target": "onnxruntime"}, PREFILL, "target portable"),
+    ({"precision": "fp16"}, PREFILL, "precision fp32"),
+    ({}, PREFILL.model_copy(update={"batch": 2}), "batch 1"),
+    ({}, PREFILL.model_copy(update={"ctx": 48}), "ctx 40"),
+    ({}, GraphShape(role="decode", slots=1, ctx=32), "ctx 40"),
+    ({}, GraphShape(role="prefill", slots=41), "at most ctx"),
+]
+
+
+@pytest.mark.parametrize(("values", "shape", "word"), OTHERS, ids=[f"{v}{s.name}" for v, s, _ in OTHERS])
+def test_graphs_of_two_kinds_in_one_bundle(
+    refused: Refused, tiny_bundle: Callable[..., Path], values: dict[str, Any], shape: GraphShape, word: str
+) -> None:
+    bundle = tiny_bundle()
+    manifest = read(bundle)
+    values = {"out": bundle, **values}
+    sha256 = values.pop("sha256", manifest.source.checkpoint_sha256)
+    with refused("export", str(bundle), word, "--out"):
+        check_fits_bundle(ExportConfig(**values), sha256, shape, manifest)
+
+
+@pytest.mark.parametrize("shape", [PREFILL, GraphShape(role="decode", slots=1, ctx=40)])
+def test_a_graph_that_fits(tiny_bundle: Callable[..., Path], shape: GraphShape) -> None:
+    manifest = read(tiny_bundle())
+    check_fits_bundle(ExportConfig(), manifest.source.checkpoint_sha256, shape, manifest)
+
+
+def test_an_export_refuses_before_it_traces(
+    refused: Refused,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_bundle: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("export.bundle.convert", lambda *_: pytest.fail("work was done"))
+    bundle, model = tiny_bundle(), str(tiny_checkpoint())
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    new = ExportConfig(model=model, out=tmp_path / "new")
+    with refused("export", "--ctx 65"):
+        export(new, [GraphShape(role="decode", slots=1, ctx=65)], replace=False, say=lambda line: None)
+    for config, word in (
+        (ExportConfig(model=model, out=bundle, precision="fp16"), "precision"),
+        (ExportConfig(model=str(tiny_checkpoint(seed=1)), out=bundle), "checkpoint"),
+    ):
+        with refused("export", word):
+            export(config, [PREFILL], replace=False, say=lambda line: None)
+    assert before == {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    assert list(tmp_path.iterdir()) == []

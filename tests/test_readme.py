@@ -1,0 +1,65 @@
+"""What the README says can be typed, can be typed; what it says is there, is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (?:\$ )?(stillgraph .*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_and_their_options_exist(command: str) -> None:
+    words = shlex.split(command)[1:]
+    verbs = words[:2] if words[0] == "export" else words[:1]
+    help_text = subprocess.run(
+        [sys.executable, "-m", "runtime", *verbs, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout
+    for option in (word for word in words if word.startswith("-")):
+        assert option in help_text
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"`?make (\w+)", README)
+    assert {"demo", "test"} <= set(targets)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_files_of_the_tree_exist() -> None:
+    tree = README.partition("## Where things are")[2].partition("A token's way")[0]
+    folder, seen = ROOT, 0
+    for line in filter(str.strip, tree.splitlines()):
+        if top := re.match(r"    (\w+/)", line):
+            folder = ROOT / top[1]
+            assert folder.is_dir()
+        for name in re.findall(r"(\w+\.py)", line):
+            seen += 1
+            assert (folder / name).is_file() or list(folder.glob(f"*/{name}")), f"{folder.name}/{name}"
+    assert seen > 20
+
+
+def test_the_python_example_writes_text(tmp_path: Path) -> None:
+    from export.bundle import export
+    from export.config import decode_shape, prefill_shape, request
+
+    config = request(
+        model="demo", target="portable", precision="fp32", batch=1, out=tmp_path / "artifacts/demo"
+    )
+    export(config, [prefill_shape(config, 128, 1024), decode_shape(config, 1024)], True, lambda _: None)
+    code = README.partition("```python\n")[2].partition("```")[0]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert len(done.stdout.split()) > 20
