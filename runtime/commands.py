@@ -83,12 +83,9 @@ def run(
             seed=seed,
             stop=stop or (),
         ):
-            if not steps:
-                peak.sample()
             steps.append(step)
             if not as_json:
                 _show(step.text)
-        peak.sample()
     report = _report(engine, len(ids), steps, peak.mb)
     _show(json.dumps(report) + "\n" if as_json else "\n")
     if not quiet and not as_json:

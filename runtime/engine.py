@@ -15,7 +15,7 @@ from runtime.errors import CheckFailed, StillgraphError
 from runtime.graphpair import GraphPair, Load
 from runtime.manifest import GraphEntry, Manifest, check_files, read
 from runtime.sampling import Sampler, Sampling
-from runtime.session import Array, Session, available_cores, session_options
+from runtime.session import Array, Session, available_cores, populate, session_options
 from runtime.text import Stops, Stream, Text
 
 FinishReason = Literal["stop", "length", "context"]
@@ -242,7 +242,9 @@ def _loader(folder: Path, manifest: Manifest, threads: int | None, one_at_a_time
 
     def open_graph(entry: GraphEntry) -> Session:
         options = session_options(entry, manifest.precision, count, one_at_a_time)
-        return Session(folder / entry.file.path, entry, options)
+        session = Session(folder / entry.file.path, entry, options)
+        populate(folder / manifest.weights.file.path)
+        return session
 
     return open_graph
 

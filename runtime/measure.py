@@ -6,8 +6,6 @@ TTFT: from the request to its first token. TPOT: mean time of the tokens after t
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ if TYPE_CHECKING:
     from runtime.engine import Step
 
 SMAPS = Path("/proc/self/smaps_rollup")
-MB = 1024 * 1024
+MB = 1e6
+KIB = 1024 / MB
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def pss_mb() -> float | None:
         lines = SMAPS.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), None)
+    return next((int(line.split()[1]) * KIB for line in lines if line.startswith("Pss:")), None)
 
 
 def rss_mb() -> float | None:
@@ -51,7 +50,7 @@ def rss_mb() -> float | None:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), None)
+    return next((int(line.split()[1]) * KIB for line in lines if line.startswith("VmRSS:")), None)
 
 
 def peak_rss_mb() -> float | None:
@@ -61,44 +60,30 @@ def peak_rss_mb() -> float | None:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MB if sys.platform == "darwin" else peak / 1024
+    return peak / MB if sys.platform == "darwin" else peak * KIB
 
 
 class PeakPss:
-    """The largest PSS seen while in a `with` block: sampled by a thread, and at each call of `sample`.
+    """The largest PSS seen in a `with` block: at its start, at its end, and at each call of `sample`.
 
-    Reading PSS walks every mapped page, 20 ms and more for a process of some GB: the thread leaves 20 times
-    as long between two readings, 50 ms at least.
+    A reading walks every mapped page, 10 ms a GB and more. So it is taken at moments that matter, such as
+    after a load, and never by a thread or between two tokens: that cost a decode step its cores.
     """
 
     def __init__(self) -> None:
         self.mb: float | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def sample(self) -> None:
-        """Read once now: for a moment known to matter, such as after a load."""
+        """Read once now."""
         now = pss_mb()
         if now is not None:
             self.mb = max(now, self.mb or 0.0)
 
     def __enter__(self) -> PeakPss:
         self.sample()
-        if self.mb is not None:
-            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._done.set()
-        if self._thread.is_alive():
-            self._thread.join()
         self.sample()
-
-    def _watch(self) -> None:
-        cost = 0.0
-        while not self._done.wait(max(0.05, 20 * cost)):
-            began = time.perf_counter()
-            self.sample()
-            cost = time.perf_counter() - began

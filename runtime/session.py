@@ -17,6 +17,7 @@ from runtime.errors import StillgraphError
 from runtime.manifest import GraphEntry, Precision
 from runtime.spec import DType, Port
 
+MADV_POPULATE_READ = 22  # of Linux
 Array = npt.NDArray[Any]
 NUMPY: dict[DType, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 
@@ -78,6 +79,9 @@ def session_options(
     options.log_severity_level = 3
     if precision == "fp32":
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if entry.shape.role == "prefill":
+        # Its threads would spin on for a while and take the cores from the first decode steps.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if entry.shape.role == "prefill" and one_at_a_time:
         options.enable_cpu_mem_arena = False
     return options
@@ -103,6 +107,23 @@ def return_memory() -> None:
     except (AttributeError, OSError, TypeError):  # not glibc
         return
     trim(0)
+
+
+def populate(path: Path) -> None:
+    """Map every page of a file's mappings in this process, so that the first token waits for none.
+
+    Otherwise the first run of a graph takes a page fault for every few pages of its weights. Where the system
+    has no MADV_POPULATE_READ (Linux before 5.14, or not Linux) nothing happens, and that first run is slower.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        madvise = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return
+    for line in lines:
+        if line.endswith(f" {path.resolve()}"):
+            start, end = (int(bound, 16) for bound in line.split(maxsplit=1)[0].split("-"))
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_READ)
 
 
 def _first_line(error: Exception) -> str:
