@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from export import weights
 from export.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_json
-from export.config import ExportConfig, check_fits_bundle, check_positions
+from export.config import ExportConfig, Say, check_fits_bundle, check_positions
 from export.convert import convert
 from export.simplify import SimplifyReport, as_report, same_outputs, simplify
 from export.staging import staged
@@ -36,7 +35,6 @@ from runtime.spec import GraphShape, input_ports, output_ports, past_names, pres
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxsim", "onnx-ir", "stillgraph")
 SIMPLIFY_REPORT = "reports/simplify.json"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

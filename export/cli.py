@@ -5,7 +5,7 @@ torch and onnx are imported inside the commands: help and wrong use are told at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from export.config import ExportConfig, decode_shape, prefill_shape, request
+from export.config import ExportConfig, Say, decode_shape, prefill_shape, request
 from runtime.errors import CheckFailed, StillgraphError
 from runtime.manifest import Manifest
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from export.parity import Parity
     from runtime.spec import GraphShape
 
-Say = Callable[[str], None]
 FILE_WIDTH = 160  # of tables where stdout is no terminal: none of their cells is cut
 
 app = typer.Typer(

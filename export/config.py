@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from runtime.manifest import Manifest, Precision, Target
 from runtime.spec import Frozen, GraphShape, ModelSpec
 
 STAGE = "export"
+Say = Callable[[str], None]  # told, in a few words, what is being done
 ARTIFACTS = Path("artifacts")
 
 

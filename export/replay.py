@@ -5,7 +5,6 @@ Shapes: B rows, S token slots, C cache slots, KV key/value heads, D head size, V
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,13 +13,14 @@ import numpy as np
 import onnxruntime as ort
 
 from export.cases import ROW_STAGGER, STEPS, Plan, continues, limit, max_len
+from export.config import Say
 from export.parity import CaseResult, Comparison, cache_error, compare
 from export.reference import Reference
+from export.session import open_graph
 from runtime.manifest import GraphEntry, Manifest
 from runtime.spec import past_names, present_names
 
 POISON = 1e4  # far over any key or value, and finite, as a slot left by a former prompt would be
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -49,26 +49,17 @@ class Replay:
         states += [self.state(prompt, end) for prompt in self.plan.walks]
         if (prefill := self.manifest.graph("prefill")) is not None:
             self.say(f"prefill, {len(states)} prompts")
-            session = self.session(prefill)
+            session = open_graph(self.bundle / prefill.file.path, self.plan.optimised)
             for state in states:
                 if state.start == "prefill":
                     self.prefill(session, prefill, state)
             del session
         if (decode := self.manifest.graph("decode")) is not None:
             self.say(f"decode, {sum(min(s.steps, end - s.prompt) for s in states)} steps")
-            session = self.session(decode)
+            session = open_graph(self.bundle / decode.file.path, self.plan.optimised)
             for state in states:
                 self.decode(session, state, end)
         return [self.result(state) for state in states if state.comparisons]
-
-    def session(self, graph: GraphEntry) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.disable_prepacking", "1")  # or the weights would be copied
-        if not self.plan.optimised:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        path = str(self.bundle / graph.file.path)
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def state(self, prompt: int, steps: int) -> State:
         """A case before its first call: slots poisoned, or the reference's cache where no prefill serves."""
@@ -85,8 +76,7 @@ class Replay:
             return State(prompt, steps, "prefill", lengths, cache, [])
         for layer in self.layers:
             for name, block in zip(past_names(layer), self.block(layer), strict=True):
-                for row, length in enumerate(lengths):
-                    cache[name][row, :, :length] = block[row, :, :length]
+                fill(cache[name], block, lengths)
         return State(prompt, steps, "reference cache", lengths, cache, [])
 
     def block(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,10 +119,7 @@ class Replay:
             if block.shape == state.cache[name].shape:
                 state.cache[name] = block
                 continue
-            for row, length in enumerate(
-                state.lengths
-            ):  # a prefill without a cache: its slots go to the front
-                state.cache[name][row, :, :length] = block[row, :, :length]
+            fill(state.cache[name], block, state.lengths)  # a prefill without a cache: to the front
         result: np.ndarray = logits
         return result
 
@@ -159,3 +146,9 @@ class Replay:
             for row, length in enumerate(state.lengths):
                 errors.append(cache_error(block[row, :, :length], state.cache[name][row, :, :length]))
         return max(errors)
+
+
+def fill(buffer: np.ndarray, block: np.ndarray, lengths: np.ndarray) -> None:
+    """Copy each row's first `lengths` [B] slots of `block` [B, KV, S, D] into `buffer` [B, KV, C, D]."""
+    for row, length in enumerate(lengths):
+        buffer[row, :, :length] = block[row, :, :length]

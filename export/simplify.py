@@ -17,6 +17,7 @@ import onnxscript.optimizer
 import onnxsim
 from onnx_ir.passes import common
 
+from export.session import open_graph
 from runtime.errors import CheckFailed
 from runtime.spec import Frozen
 
@@ -131,12 +132,9 @@ def same_outputs(before: Path, after: Path, seed: int = 0) -> float:
     Returns the largest difference of any output, relative to that output's largest magnitude. Raises
     CheckFailed where it is over `SAME`.
     """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
     results = []
     for path in (before, after):
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = open_graph(path, optimised=False)
         results.append(session.run(None, random_inputs(session, seed)))
         del session
     worst = 0.0

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-from collections.abc import Callable
 from pathlib import Path
 
 from export.cases import Depth, Plan, TextKind, make_plans, positions, random_ids, text_ids
 from export.checkpoint import open_checkpoint
+from export.config import Say
 from export.parity import CaseResult, Parity, bound
 from export.parity_page import write_page
 from export.reference import Reference, reference
@@ -23,7 +23,6 @@ from runtime.errors import StillgraphError
 from runtime.manifest import MANIFEST, Manifest, check_files, read
 
 STAGE = "validate"
-Say = Callable[[str], None]
 
 
 def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default", say: Say) -> Parity:

@@ -15,7 +15,7 @@ from runtime.errors import CheckFailed, StillgraphError
 from runtime.graphpair import GraphPair, Load
 from runtime.manifest import GraphEntry, Manifest, check_files, read
 from runtime.sampling import Sampler, Sampling
-from runtime.session import Array, Session, available_cores, populate, session_options
+from runtime.session import Array, Session, available_cores, mappings, populate, session_options
 from runtime.text import Stops, Stream, Text
 
 FinishReason = Literal["stop", "length", "context"]
@@ -239,11 +239,13 @@ def _loader(folder: Path, manifest: Manifest, threads: int | None, one_at_a_time
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
     count = threads or available_cores()
+    weights = folder / manifest.weights.file.path
 
     def open_graph(entry: GraphEntry) -> Session:
         options = session_options(entry, manifest.precision, count, one_at_a_time)
+        former = mappings(weights)  # of the other graph, populated when that was loaded
         session = Session(folder / entry.file.path, entry, options)
-        populate(folder / manifest.weights.file.path)
+        populate(mappings(weights) - former)
         return session
 
     return open_graph

@@ -109,21 +109,28 @@ def return_memory() -> None:
     trim(0)
 
 
-def populate(path: Path) -> None:
-    """Map every page of a file's mappings in this process, so that the first token waits for none.
+def mappings(path: Path) -> set[tuple[int, int]]:
+    """Where a file is mapped in this process: (start, end) addresses; none where the system cannot tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return set()
+    name = f" {path.resolve()}"
+    spans = (line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(name))
+    return {(int(start, 16), int(end, 16)) for start, end in spans}
+
+
+def populate(spans: set[tuple[int, int]]) -> None:
+    """Map every page of these mappings now, so that the first token waits for none.
 
     Otherwise the first run of a graph takes a page fault for every few pages of its weights. Where the system
     has no MADV_POPULATE_READ (Linux before 5.14, or not Linux) nothing happens, and that first run is slower.
     """
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-        madvise = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):  # not Linux
+    if not spans:
         return
-    for line in lines:
-        if line.endswith(f" {path.resolve()}"):
-            start, end = (int(bound, 16) for bound in line.split(maxsplit=1)[0].split("-"))
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_READ)
+    madvise = ctypes.CDLL(None).madvise
+    for start, end in spans:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_READ)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.session import populate
+from runtime.session import mappings, populate
 
 PAGES = 256
 
@@ -31,7 +31,7 @@ def test_populate_maps_every_page_of_the_file_and_of_no_other(tmp_path: Path) ->
         with path.open("rb") as stream:
             maps.append(mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ))
     assert resident_kb(paths[0]) == 0
-    populate(paths[0])
+    populate(mappings(paths[0]))
     assert resident_kb(paths[0]) == PAGES * mmap.PAGESIZE // 1024
     assert resident_kb(paths[1]) == 0
     for mapping in maps:
