@@ -13,9 +13,11 @@ from pydantic import ValidationError
 
 from export import weights
 from export.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_json
-from export.config import ExportConfig, Say, check_fits_bundle, check_positions
+from export.config import ExportConfig, Say, check_fits_bundle, check_heads, check_positions
 from export.convert import convert
-from export.simplify import SimplifyReport, as_report, same_outputs, simplify
+from export.lowering import Plan, lower
+from export.recipe import Weight, take_out, take_out_constants
+from export.simplify import SimplifyReport, as_report, check, same_outputs, simplify
 from export.staging import staged
 from runtime.errors import StillgraphError
 from runtime.manifest import (
@@ -44,7 +46,7 @@ class Traced:
     shape: GraphShape
     before: ir.Model
     after: ir.Model
-    recipes: list[weights.Recipe]
+    recipes: list[Weight]
     steps: list[dict[str, str | int | float]]
 
 
@@ -60,12 +62,13 @@ def export(config: ExportConfig, shapes: list[GraphShape], replace: bool, say: S
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
     if former is not None:
         check_files(config.place, former)
+    check_heads(checkpoint.spec, config.target)
     for shape in shapes:
         check_positions(checkpoint.spec, shape)
         if former is not None:
             check_fits_bundle(config, checkpoint.sha256, shape, former)
     with staged(config.place) as folder:
-        traced = [_trace(checkpoint, shape, config.precision, say) for shape in shapes]
+        traced = [_trace(checkpoint, shape, config, say) for shape in shapes]
         if former is not None:
             carry_over(config.place, folder, former)
         say("writing weights")
@@ -77,20 +80,26 @@ def export(config: ExportConfig, shapes: list[GraphShape], replace: bool, say: S
         for entry in traced:
             graphs[entry.shape.name] = _write_graph(folder, checkpoint, entry, stored)
         _drop_unlisted(folder, graphs)
-        _write_simplify_report(folder, traced, stored, say)
+        _write_simplify_report(folder, traced, graphs, stored, say)
         manifest = _manifest(folder, checkpoint, config, special, graphs, stored)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _trace(checkpoint: Checkpoint, shape: GraphShape, precision: str, say: Say) -> Traced:
+def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say: Say) -> Traced:
     say(f"tracing {shape.name}")
-    model = convert(checkpoint, shape, precision)
-    recipes = weights.take_out(model, list(checkpoint.files))
+    model = convert(checkpoint, shape, config.target, config.precision)
+    recipes: list[Weight] = [*take_out(model, list(checkpoint.files))]
     before = model.clone()
     say(f"simplifying {shape.name}")
     after, steps = simplify(model)
-    recipes += weights.take_out_constants(after)
+    if config.quantisation is not None:
+        fast = config.quantisation.fast_prefill and shape.role == "prefill"
+        plan = Plan(config.target, config.precision, config.quantisation, fast)
+        lower(before, recipes, plan)
+        recipes = lower(after, recipes, plan)
+        after = check(after)
+    recipes += take_out_constants(after)
     return Traced(shape, before, after, recipes, as_report(steps))
 
 
@@ -132,8 +141,8 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: W
     path.unlink(missing_ok=True)  # it may be a link into the former bundle
     ir.save(traced.after, path)
     pairs = [
-        # A decode only scatters into its past; a prefill selects between two buffers.
-        Alias(output=output, input=past, same_buffer=shape.role == "decode")
+        # A decode and a fused prefill write into their past; a portable prefill selects between two buffers.
+        Alias(output=output, input=past, same_buffer=shape.role == "decode" or shape.slack is not None)
         for layer in range(len(spec.layers))
         for output, past in zip(present_names(layer), past_names(layer), strict=True)
     ]
@@ -152,7 +161,9 @@ def _drop_unlisted(folder: Path, graphs: dict[str, GraphEntry]) -> None:
             path.unlink()
 
 
-def _write_simplify_report(folder: Path, traced: list[Traced], stored: Weights, say: Say) -> None:
+def _write_simplify_report(
+    folder: Path, traced: list[Traced], entries: dict[str, GraphEntry], stored: Weights, say: Say
+) -> None:
     path = folder / SIMPLIFY_REPORT
     former = SimplifyReport.model_validate_json(path.read_text()) if path.is_file() else None
     graphs, differences = (dict(former.graphs), dict(former.worst_difference)) if former else ({}, {})
@@ -163,7 +174,7 @@ def _write_simplify_report(folder: Path, traced: list[Traced], stored: Weights, 
         unsimplified = folder / f".{name}.before.onnx"
         ir.save(entry.before, unsimplified)
         graphs[name] = entry.steps
-        differences[name] = same_outputs(unsimplified, folder / f"{name}.onnx")
+        differences[name] = same_outputs(unsimplified, folder / f"{name}.onnx", entries[name].aliases)
         unsimplified.unlink()
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
@@ -194,6 +205,7 @@ def _manifest(
         model=checkpoint.spec,
         target=config.target,
         precision=config.precision,
+        quantisation=config.quantisation,
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         graphs=graphs,
         weights=stored,

@@ -69,7 +69,7 @@ def continues(manifest: Manifest) -> bool:
 
 def limit(manifest: Manifest) -> int:
     """The longest text the bundle can hold: ctx, or P of a prefill alone that continues nothing."""
-    return max(graph.shape.capacity for graph in manifest.graphs.values())
+    return max(graph.shape.limit for graph in manifest.graphs.values())
 
 
 def rows(manifest: Manifest) -> int:

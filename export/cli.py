@@ -5,27 +5,21 @@ torch and onnx are imported inside the commands: help and wrong use are told at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from pydantic_core import to_json
-from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from export.config import ExportConfig, Say, decode_shape, prefill_shape, request
+from export.config import ExportConfig, decode_shape, prefill_shape, request, with_one_slack
+from export.output import Output
 from runtime.errors import CheckFailed, StillgraphError
 from runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from export.parity import Parity
     from runtime.spec import GraphShape
-
-FILE_WIDTH = 160  # of tables where stdout is no terminal: none of their cells is cut
 
 app = typer.Typer(
     help="Make static ONNX graphs of a checkpoint. Two exports into one --out make one bundle.",
@@ -35,8 +29,20 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A hub id or a checkpoint folder.")]
-Target = Annotated[str, typer.Option(help="What the graph is written for: portable.")]
-Precision = Annotated[str, typer.Option(help="How weights are stored: fp32 or fp16.")]
+Target = Annotated[str, typer.Option(help="What the graph is written for: portable or onnxruntime.")]
+Precision = Annotated[str, typer.Option(help="How weights are stored: fp32, fp16, int8 or int4.")]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(help="Weights that share a scale, of int8 and int4: 32, 64 or 128.", show_default="128"),
+]
+Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="A zero point for each scale.")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="PATTERN=PRECISION: weights kept otherwise, as lm_head=int8. May be repeated."),
+]
+FastPrefill = Annotated[
+    bool, typer.Option("--fast-prefill", help="Give the prefill int8 weights of its own, for a short TTFT.")
+]
 Batch = Annotated[int, typer.Option(help="Rows of every graph.")]
 Out = Annotated[Path | None, typer.Option(help="The bundle's folder.", show_default="artifacts/<model>")]
 MaxLen = Annotated[int, typer.Option(help="Token slots of the prefill.")]
@@ -50,35 +56,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead o
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where a command speaks: results on stdout, progress on stderr."""
-
-    quiet: bool
-    as_json: bool
-
-    @contextmanager
-    def progress(self) -> Iterator[Say]:
-        """Yield what shows the step at work: one line that changes, or lines where stderr is no terminal."""
-        console = Console(stderr=True, quiet=self.quiet, highlight=False)
-        if not console.is_terminal:
-            yield lambda text: console.print(text, markup=False, soft_wrap=True)
-            return
-        with console.status("", spinner="line") as status:
-            yield lambda text: status.update(escape(text))
-
-    def result(self, line: dict[str, object], *shown: RenderableType) -> None:
-        """One line of JSON, or the same for people."""
-        if self.as_json:
-            print(to_json(line, inf_nan_mode="null").decode(), flush=True)  # JSON has no NaN
-            return
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = FILE_WIDTH
-        for part in shown:
-            console.print(part)
-
-
 @app.command()
 def prefill(
     max_len: MaxLen = 128,
@@ -86,13 +63,27 @@ def prefill(
     model: Model = "demo",
     target: Target = "portable",
     precision: Precision = "fp32",
+    block_size: BlockSize = None,
+    asymmetric: Asymmetric = False,
+    keep: Keep = None,
+    fast_prefill: FastPrefill = False,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Add the graph for the prompt to a bundle. With --ctx it continues a cache."""
-    config = request(model=model, target=target, precision=precision, batch=batch, out=out)
+    config = request(
+        model=model,
+        target=target,
+        precision=precision,
+        block_size=block_size,
+        asymmetric=asymmetric,
+        keep=keep or (),
+        fast_prefill=fast_prefill,
+        batch=batch,
+        out=out,
+    )
     _add(config, prefill_shape(config, max_len, ctx), Output(quiet, as_json))
 
 
@@ -102,13 +93,27 @@ def decode(
     model: Model = "demo",
     target: Target = "portable",
     precision: Precision = "fp32",
+    block_size: BlockSize = None,
+    asymmetric: Asymmetric = False,
+    keep: Keep = None,
+    fast_prefill: FastPrefill = False,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Add the graph for each next token to a bundle."""
-    config = request(model=model, target=target, precision=precision, batch=batch, out=out)
+    config = request(
+        model=model,
+        target=target,
+        precision=precision,
+        block_size=block_size,
+        asymmetric=asymmetric,
+        keep=keep or (),
+        fast_prefill=fast_prefill,
+        batch=batch,
+        out=out,
+    )
     _add(config, decode_shape(config, ctx), Output(quiet, as_json))
 
 
@@ -119,8 +124,16 @@ def bundle(
     model: Model = "demo",
     target: Target = "portable",
     precision: Precision = "fp32",
+    block_size: BlockSize = None,
+    asymmetric: Asymmetric = False,
+    keep: Keep = None,
+    fast_prefill: FastPrefill = False,
     batch: Batch = 1,
     out: Out = None,
+    validated: Annotated[
+        bool,
+        typer.Option("--validate/--no-validate", help="Compare with PyTorch, which takes most memory."),
+    ] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -128,17 +141,30 @@ def bundle(
 
     The prefill continues a cache of --ctx slots, so a prompt may be longer than --max-len.
     """
-    config = request(model=model, target=target, precision=precision, batch=batch, out=out)
-    shapes = [prefill_shape(config, max_len, ctx), decode_shape(config, ctx)]
+    config = request(
+        model=model,
+        target=target,
+        precision=precision,
+        block_size=block_size,
+        asymmetric=asymmetric,
+        keep=keep or (),
+        fast_prefill=fast_prefill,
+        batch=batch,
+        out=out,
+    )
+    shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
     output = Output(quiet, as_json)
     with output.progress() as say:
         from export.bundle import export
         from export.validate import validate as prove
 
         manifest = export(config, shapes, replace=True, say=say)
-        parity = prove(config.place, model=config.model, depth="quick", say=say)
-    line = _exported(config.place, manifest) | {"validation": parity.summary()}
-    output.result(line, _files(config.place, manifest), parity.table())
+        parity = prove(config.place, model=config.model, depth="quick", say=say) if validated else None
+    line, files = _exported(config.place, manifest), _files(config.place, manifest)
+    if parity is None:
+        output.result(line, files)
+        return
+    output.result(line | {"validation": parity.summary()}, files, *parity.tables())
     _hold(config.place, parity)
 
 
@@ -157,6 +183,28 @@ def simplify(bundle: Bundle, quiet: Quiet = False, as_json: AsJson = False) -> N
     if not any(change.changed for change in changes.values()):
         table.caption = "no graph changed; the bundle is as it was"
     output.result({"bundle": str(bundle), "graphs": {k: v.model_dump() for k, v in changes.items()}}, table)
+
+
+def compile_(
+    bundle: Bundle,
+    pack_fp32: Annotated[
+        bool, typer.Option("--pack-fp32", help="Pack weights of fp32 too: faster prefill, twice the disk.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Optimise a bundle's graphs and pack its weights for this machine, once instead of at every load."""
+    output = Output(quiet, as_json)
+    with output.progress() as say:
+        from export.compile import compile_bundle
+
+        compiled = compile_bundle(bundle, say, pack_fp32)
+    table = Table("file", "bytes", title=f"compiled {escape(str(bundle))} for {compiled.cpu}")
+    table.columns[1].justify = "right"
+    for file in compiled.files():
+        table.add_row(file.path, f"{file.nbytes:,}")
+    table.caption = f"largest difference {max(graph.worst_difference for graph in compiled.graphs):.1e}"
+    output.result({"bundle": str(bundle)} | compiled.model_dump(mode="json"), table)
 
 
 def validate(
@@ -179,7 +227,7 @@ def validate(
         from export.validate import validate as prove
 
         parity = prove(bundle, model=model, depth=depth, say=say)
-    output.result({"bundle": str(bundle)} | parity.summary(), parity.table())
+    output.result({"bundle": str(bundle)} | parity.summary(), *parity.tables())
     _hold(bundle, parity)
 
 
@@ -217,7 +265,5 @@ def _files(place: Path, manifest: Manifest) -> Table:
 
 
 def _hold(bundle: Path, parity: Parity) -> None:
-    if not parity.passed:
-        worst = max(parity.max_relative_error, parity.max_cache_error)
-        problem = f"a relative error of {worst:.2e} is over the bound of {parity.bound:.1e}"
+    if problem := parity.problem():
         raise CheckFailed("validate", problem, f"see {bundle / 'reports' / 'parity.html'}")

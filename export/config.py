@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from runtime.errors import StillgraphError
-from runtime.manifest import Manifest, Precision, Target
+from runtime.manifest import Manifest, Precision, Quantisation, Target
 from runtime.spec import Frozen, GraphShape, ModelSpec
 
 STAGE = "export"
+HEAD_MULTIPLE = 8  # of GroupQueryAttention's head sizes
+SLACK = 128  # cache slots over the window, in the onnxruntime target: what a prefill of 128 needs
+BLOCK_SIZES = (32, 64, 128)
+QUANTISED = ("int8", "int4")
 Say = Callable[[str], None]  # told, in a few words, what is being done
 ARTIFACTS = Path("artifacts")
 
@@ -24,6 +28,7 @@ class ExportConfig(Frozen):
     model: str = "demo"
     target: Target = "portable"
     precision: Precision = "fp32"
+    quantisation: Quantisation | None = None
     batch: int = 1
     out: Path | None = None
 
@@ -33,16 +38,51 @@ class ExportConfig(Frozen):
         return self.out or ARTIFACTS / Path(self.model).name
 
 
-def request(**values: Any) -> ExportConfig:
-    """An ExportConfig of command-line values. Raises StillgraphError for a target or precision not built."""
-    built: dict[str, tuple[str, ...]] = {"target": ("portable",), "precision": ("fp32", "fp16")}
-    for name, known in built.items():
+def request(
+    *,
+    block_size: int | None = None,
+    asymmetric: bool = False,
+    keep: Sequence[str] = (),
+    fast_prefill: bool = False,
+    **values: Any,
+) -> ExportConfig:
+    """An ExportConfig of command-line values. Raises StillgraphError for values that do not go together."""
+    target, precision = values["target"], values["precision"]
+    for name, known in (("target", get_args(Target)), ("precision", get_args(Precision))):
         if values[name] not in known:
             problem = f"--{name} {values[name]!r} is not supported"
             raise StillgraphError(STAGE, problem, f"use {' or '.join(known)}")
+    if target == "onnxruntime" and precision == "fp16":
+        problem = "--precision fp16 cannot be stored by the ops of --target onnxruntime on a CPU"
+        raise StillgraphError(STAGE, problem, "use fp32, int8 or int4, or --target portable")
     if values["batch"] < 1:
         raise StillgraphError(STAGE, f"--batch {values['batch']} is not a number of rows", "use 1 or more")
+    if precision in QUANTISED:
+        size = BLOCK_SIZES[-1] if block_size is None else block_size
+        if size not in BLOCK_SIZES:
+            sizes = " or ".join(map(str, BLOCK_SIZES))
+            raise StillgraphError(STAGE, f"--block-size {size} is not supported", f"use {sizes}")
+        if fast_prefill and target != "onnxruntime":
+            problem = f"--fast-prefill is made of ops that --target {target} does not use"
+            raise StillgraphError(STAGE, problem, "use --target onnxruntime")
+        values["quantisation"] = Quantisation(
+            block_size=size, symmetric=not asymmetric, keep=dict(map(kept, keep)), fast_prefill=fast_prefill
+        )
+    elif block_size is not None or asymmetric or keep or fast_prefill:
+        named = "--block-size, --asymmetric, --keep and --fast-prefill"
+        problem = f"{named} do nothing at --precision {precision}"
+        raise StillgraphError(STAGE, problem, "leave them out, or use --precision int8 or int4")
     return ExportConfig(**values)
+
+
+def kept(option: str) -> tuple[str, Precision]:
+    """A pattern of weight names and the precision it keeps, of PATTERN=PRECISION. Raises StillgraphError."""
+    pattern, _, precision = option.partition("=")
+    known = ("fp32", *QUANTISED)
+    if not pattern or precision not in known:
+        problem = f"--keep {option!r} is not PATTERN=PRECISION with a precision of {' or '.join(known)}"
+        raise StillgraphError(STAGE, problem, "write for example --keep lm_head=int8")
+    return pattern, cast(Precision, precision)
 
 
 def prefill_shape(config: ExportConfig, max_len: int, ctx: int | None) -> GraphShape:
@@ -54,21 +94,42 @@ def prefill_shape(config: ExportConfig, max_len: int, ctx: int | None) -> GraphS
         raise StillgraphError(
             STAGE, f"--max-len {max_len} is over --ctx {ctx}", "lower --max-len or raise --ctx"
         )
-    return GraphShape(role="prefill", batch=config.batch, slots=max_len, ctx=ctx)
+    if config.target == "portable":
+        return GraphShape(role="prefill", batch=config.batch, slots=max_len, ctx=ctx)
+    if ctx is None:
+        problem = "a prefill for --target onnxruntime writes into the cache that the decode graph reads"
+        raise StillgraphError(STAGE, problem, "give the --ctx of that cache")
+    slack = max(SLACK, max_len - 1)
+    return GraphShape(role="prefill", batch=config.batch, slots=max_len, ctx=ctx, slack=slack)
 
 
 def decode_shape(config: ExportConfig, ctx: int) -> GraphShape:
     """A decode over `ctx` cache slots. Raises StillgraphError."""
     if ctx < 2:
         raise StillgraphError(STAGE, f"--ctx {ctx} leaves no room for a next token", "use 2 or more")
-    return GraphShape(role="decode", batch=config.batch, slots=1, ctx=ctx)
+    slack = None if config.target == "portable" else SLACK
+    return GraphShape(role="decode", batch=config.batch, slots=1, ctx=ctx, slack=slack)
+
+
+def with_one_slack(shapes: Sequence[GraphShape]) -> list[GraphShape]:
+    """Graphs of one bundle share their cache buffers, so all get the largest slack that one of them needs."""
+    slacks = [shape.slack for shape in shapes if shape.slack is not None]
+    return [shape.model_copy(update={"slack": max(slacks)}) if slacks else shape for shape in shapes]
+
+
+def check_heads(spec: ModelSpec, target: Target) -> None:
+    """Refuse a head size that the target's attention op does not take. Raises StillgraphError."""
+    if target == "onnxruntime" and spec.head_dim % HEAD_MULTIPLE:
+        problem = f"a head size of {spec.head_dim} is not a multiple of {HEAD_MULTIPLE},"
+        problem += " which GroupQueryAttention of --target onnxruntime needs"
+        raise StillgraphError(STAGE, problem, "use --target portable")
 
 
 def check_positions(spec: ModelSpec, shape: GraphShape) -> None:
     """Refuse a graph whose positions the model was not made for. Raises StillgraphError."""
-    if shape.capacity > spec.max_position_embeddings:
+    if shape.limit > spec.max_position_embeddings:
         option = "--ctx" if shape.ctx else "--max-len"
-        problem = f"{option} {shape.capacity} is over the model's max_position_embeddings"
+        problem = f"{option} {shape.limit} is over the model's max_position_embeddings"
         problem += f" of {spec.max_position_embeddings}"
         raise StillgraphError(STAGE, problem, f"lower {option}")
 
@@ -81,14 +142,16 @@ def check_fits_bundle(
         "checkpoint": (checkpoint_sha256[:12], former.source.checkpoint_sha256[:12]),
         "target": (config.target, former.target),
         "precision": (config.precision, former.precision),
+        "quantisation": (config.quantisation, former.quantisation),
     }
     for entry in former.graphs.values():
         if entry.shape.role != shape.role:
             pairs["batch"] = (shape.batch, entry.shape.batch)
+            pairs["slack"] = (shape.slack, entry.shape.slack)
             if shape.ctx is not None and entry.shape.ctx is not None:
                 pairs["ctx"] = (shape.ctx, entry.shape.ctx)
-            elif shape.capacity > entry.shape.capacity and shape.role == "prefill":
-                pairs["max_len at most ctx"] = (shape.capacity, entry.shape.capacity)
+            elif shape.limit > entry.shape.limit and shape.role == "prefill":
+                pairs["max_len at most ctx"] = (shape.limit, entry.shape.limit)
     for name, (new, old) in pairs.items():
         if new != old:
             problem = f"{config.place} holds a bundle with {name} {old}, and this export has {new}"

@@ -16,28 +16,30 @@ from export.attention import portable_attention
 from export.checkpoint import Checkpoint
 from export.graphs import GRAPHS
 from patches.patch import applied
+from runtime.manifest import Precision, Target
 from runtime.spec import GraphShape, Port, input_ports, output_ports
 
-OPSET = 20
+OPSET = {"portable": 20, "onnxruntime": 23}  # 23 has RMSNormalization
 ATTENTION = "stillgraph_portable"
 PARAMETER_PREFIX = "model."  # of the wrapper's attribute that holds the model
 DTYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
 
 
-def convert(checkpoint: Checkpoint, shape: GraphShape, precision: str) -> ir.Model:
+def convert(checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision) -> ir.Model:
     """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
 
     The weights' contents are not those of the checkpoint: the model is traced over untouched memory.
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
-    with registered_attention(), applied(checkpoint.family.patches(checkpoint.config, precision)), quiet():
+    patches = checkpoint.family.patches(checkpoint.config, target, precision)
+    with registered_attention(), applied(patches), quiet():
         module = GRAPHS[shape.role](checkpoint.build(ATTENTION), spec, shape).eval()
         program = torch.onnx.export(
             module,
             tuple(example(port) for port in inputs),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=OPSET[target],
             optimize=False,  # folding would read weights that are not there
             verbose=False,
             input_names=[port.name for port in inputs],

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from export.attention import additive_mask
 from export.cache import StaticCache, visible
+from export.fused_cache import FusedCache
 from runtime.spec import GraphShape, ModelSpec
 
 
@@ -33,6 +34,7 @@ class Graph(nn.Module):
         super().__init__()
         self.model: Any = model  # of transformers, which is not typed
         self.spec, self.shape = spec, shape
+        self.rotary = {} if shape.slack is None else rotary_tables(model, spec, shape)
 
     def step(
         self,
@@ -43,13 +45,23 @@ class Graph(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Run the decoder over `input_ids` [B, S]: (logits [B, 1, V], key, value of layer 0, key, ...)."""
         positions = torch.arange(input_ids.shape[1])[None, :].expand(input_ids.shape[0], -1)
-        if past_length is not None:
-            positions = positions + past_length[:, None]
+        attention_masks: dict[str, Tensor | None]
         buffers = list(zip(past[::2], past[1::2], strict=True)) if past else None
-        cache = StaticCache(buffers, past_length, new_length)
+        cache: StaticCache | FusedCache
+        if self.shape.slack is not None:
+            assert past_length is not None
+            assert buffers is not None
+            valid = torch.ones_like(past_length) if new_length is None else new_length
+            cache = FusedCache(self.spec, self.shape, buffers, (past_length, valid), self.rotary)
+            attention_masks = dict.fromkeys((layer.kind for layer in self.spec.layers), None)
+        else:
+            if past_length is not None:
+                positions = positions + past_length[:, None]
+            cache = StaticCache(buffers, past_length, new_length)
+            attention_masks = {**masks(self.spec, positions, self.shape.limit)}
         hidden = self.model.model(
             input_ids=input_ids,
-            attention_mask=masks(self.spec, positions, self.shape.capacity),
+            attention_mask=attention_masks,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -63,6 +75,22 @@ class Graph(nn.Module):
         logits: Tensor = self.model.lm_head(hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def rotary_tables(model: Any, spec: ModelSpec, shape: GraphShape) -> dict[str, tuple[Tensor, Tensor]]:
+    """cos and sin [R, D / 2] of each layer kind for every position and a padded chunk behind the last.
+
+    They are what the model's own rotary embedding gives; both halves of its [R, D] are the same.
+    """
+    positions = torch.arange(shape.limit + (shape.slack or 0))[None]
+    half = spec.head_dim // 2
+    return {
+        kind: tuple(
+            table[0, :, :half].contiguous()
+            for table in model.model.rotary_emb(torch.zeros(1), positions, kind)
+        )
+        for kind in sorted({layer.kind for layer in spec.layers})
+    }
 
 
 def last_valid(hidden: Tensor, length: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from runtime.errors import StillgraphError
 from runtime.manifest import GraphEntry, Manifest, Validation, check_files, read
-from runtime.spec import Frozen, GraphShape, LayerKind, cache_shape, past_names, present_names
+from runtime.spec import Frozen, GraphShape, LayerKind, past_names, present_names
 
 STAGE = "inspect"
 MB = 1e6
@@ -156,12 +156,11 @@ def _caches(manifest: Manifest, entry: GraphEntry) -> tuple[LayerCache, ...]:
     """Per layer, of the buffers that the graph reads, or writes where it reads none."""
     ports = {port.name: port for port in (*entry.inputs, *entry.outputs)}
     names = past_names if entry.shape.ctx else present_names
-    _, _, capacity, _ = cache_shape(manifest.model, entry.shape)  # [B, KV, C, D]
     return tuple(
         LayerCache(
             kind=layer.kind,
             window=layer.window,
-            capacity=capacity,
+            capacity=entry.shape.capacity(layer),
             nbytes=sum(ports[name].nbytes for name in names(index)),
         )
         for index, layer in enumerate(manifest.model.layers)

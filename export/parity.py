@@ -8,23 +8,13 @@ from typing import Literal
 import numpy as np
 from rich.table import Table
 
-from runtime.manifest import Precision, Validation
+from export.compare import Comparison
+from runtime.manifest import Precision, Quality, Validation
 from runtime.spec import Frozen, ModelSpec
 
 SMALLEST_PUBLISHED = 640  # hidden size of the smallest published Gemma 3
 HALF_ROUNDOFF = 2.0**-11  # of fp16
-
-
-class Comparison(Frozen):
-    """Logits of one row at one position, against the reference. kl in nats, from the reference."""
-
-    row: int
-    position: int
-    max_error: float
-    mean_error: float
-    relative_error: float
-    kl: float
-    top1_equal: bool
+ACTIVATION_ROUNDOFF = 2.0**-8  # of int8, to the largest value of a block
 
 
 class CaseResult(Frozen):
@@ -48,11 +38,13 @@ class Parity(Frozen):
     date: str
     depth: str
     bound: float
+    exact_bound: float
     why_bound: str
     tools: dict[str, str]
     graphs: dict[str, str]
     weights: str
     cases: tuple[CaseResult, ...]
+    quality: Quality | None = None
 
     @property
     def max_relative_error(self) -> float:
@@ -68,7 +60,7 @@ class Parity(Frozen):
 
     @property
     def passed(self) -> bool:
-        return all(self.holds(case) for case in self.cases)
+        return all(self.holds(case) for case in self.cases) and (self.quality is None or self.quality.passed)
 
     def summary(self) -> dict[str, object]:
         """What a script wants to know, as it goes into one JSON line."""
@@ -82,7 +74,27 @@ class Parity(Frozen):
             max_relative_error=self.max_relative_error,
             bound=self.bound,
             top1_agreement=self.top1_agreement,
+            quality=self.quality,
         )
+
+    def problem(self) -> str | None:
+        """The worst of what broke a bound, in a sentence; None where all hold."""
+        if broken := [case for case in self.cases if not self.holds(case)]:
+            worst = max((max(c.worst.relative_error, *c.cache_errors) for c in broken), key=_nan_last)
+            bound = self.bound if broken[0].optimised else self.exact_bound
+            return f"a relative error of {worst:.2e} is over the bound of {bound:.1e}"
+        if self.quality is not None and not self.quality.passed:
+            ratio = self.quality.perplexity / self.quality.original_perplexity
+            return (
+                f"quantised weights cost a KL divergence of {self.quality.kl:.2e} (bound"
+                f" {self.quality.kl_bound:.1e}) and {ratio:.3f} of the perplexity (bound"
+                f" {self.quality.perplexity_bound})"
+            )
+        return None
+
+    def tables(self) -> list[Table]:
+        """The cases, and what quantised weights cost where they are."""
+        return [self.table()] if self.quality is None else [self.table(), quality_table(self.quality)]
 
     def table(self) -> Table:
         """One line a case: where it is worst."""
@@ -98,7 +110,23 @@ class Parity(Frozen):
     def holds(self, case: CaseResult) -> bool:
         """Whether a case is within the bound; a NaN is not."""
         errors = (case.worst.relative_error, *case.cache_errors)
-        return all(error <= self.bound for error in errors)
+        bound = self.bound if case.optimised else self.exact_bound
+        return all(error <= bound for error in errors)
+
+
+def quality_table(quality: Quality) -> Table:
+    """What quantised weights cost, and the bounds."""
+    ids = "a text" if quality.text else "random ids"
+    title = f"the weights' quality over {quality.positions} positions of {ids}"
+    table = Table("measure", "this bundle", "checkpoint", "bound", title=title)
+    table.add_row("mean KL divergence, nats", f"{quality.kl:.2e}", "0", f"{quality.kl_bound:.1e}")
+    table.add_row("top-1 agreement", f"{quality.top1_agreement:.1%}", "100%", "")
+    bound = f"{quality.perplexity_bound * quality.original_perplexity:,.3f}" if quality.text else ""
+    perplexities = quality.perplexity, quality.original_perplexity
+    table.add_row("perplexity", *(f"{value:,.3f}" for value in perplexities), bound)
+    if quality.recall is not None:
+        table.add_row("recall", f"{quality.recall:.2f}", f"{quality.original_recall:.2f}", "")
+    return table
 
 
 COLUMNS = (
@@ -130,35 +158,21 @@ def case_row(case: CaseResult) -> list[str]:
     ]  # fmt: skip
 
 
-def compare(row: int, position: int, reference: np.ndarray, found: np.ndarray) -> Comparison:
-    """Measure logits [V] against the reference's. relative_error: max |difference| over max |reference|."""
-    difference = np.abs(found - reference)
-    reference_log, found_log = log_softmax(reference), log_softmax(found)
-    return Comparison(
-        row=row,
-        position=position,
-        max_error=float(difference.max()),
-        mean_error=float(difference.mean()),
-        relative_error=float(difference.max() / np.abs(reference).max()),
-        kl=max(0.0, float(np.sum(np.exp(reference_log) * (reference_log - found_log)))),
-        top1_equal=bool(reference.argmax() == found.argmax()),
-    )
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = logits.astype(np.float64)
-    wide -= wide.max()
-    result: np.ndarray = wide - np.log(np.exp(wide).sum())
-    return result
-
-
-def cache_error(reference: np.ndarray, found: np.ndarray) -> float:
-    """Largest difference of two key or value blocks, relative to the largest magnitude of the reference."""
-    return float(np.abs(found - reference).max() / np.abs(reference).max())
+def exact_bound(spec: ModelSpec, precision: Precision) -> float:
+    """The relative error that a graph may have as it is written, without kernels that round inputs."""
+    return bound(spec, "fp32" if precision in ("int8", "int4") else precision)[0]
 
 
 def bound(spec: ModelSpec, precision: Precision) -> tuple[float, str]:
-    """The relative error that a graph of this precision may have, and in a sentence why."""
+    """The relative error that a graph of this precision may have as it is run, and in a sentence why."""
+    if precision in ("int8", "int4"):
+        # The kernels round the input of each product to 8 bits. Errors add as above; 4 is the margin, since
+        # those of the first layers go through all others. Without these kernels the graph is exact.
+        value = 4 * ACTIVATION_ROUNDOFF * math.sqrt(4 * len(spec.layers) + 1)
+        return value, (
+            f"bound {value:.1e}: 4 * 2^-8 * sqrt(4 products * {len(spec.layers)} layers + head), inputs are"
+            " rounded to 8 bits; with optimisations off they are not, and the bound is that of fp32"
+        )
     if precision == "fp16":
         # Each of a layer's 7 products rounds its input, its matrix and its result to fp16. Independent errors
         # add as the root of their number; the largest of V errors stands to the largest of V logits as one

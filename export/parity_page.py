@@ -44,6 +44,16 @@ code { font-size: .85em; }
 {{ "%.1e" | format(parity.max_cache_error) }} of keys and values,
 top-1 agreement {{ "%.2f" | format(100 * parity.top1_agreement) }} %.</p>
 <p>{{ parity.why_bound }}. The relative error is max |difference| over max |logit| of the reference.</p>
+{% if quality %}<h2>Quality of the quantised weights</h2>
+<p>The errors above are of the graph, against PyTorch with the same quantised weights. This is what those
+weights cost against the checkpoint's own, over {{ quality.positions }} positions of
+{{ "a text" if quality.text else "random ids" }}:
+mean KL divergence {{ "%.2e" | format(quality.kl) }} nats (bound {{ "%.1e" | format(quality.kl_bound) }}),
+top-1 agreement {{ "%.1f" | format(100 * quality.top1_agreement) }} %,
+perplexity {{ "%.3f" | format(quality.perplexity) }} where the checkpoint has
+{{ "%.3f" | format(quality.original_perplexity) }} (bound: {{ quality.perplexity_bound }} times that)
+{%- if quality.recall is not none %}, recall {{ "%.2f" | format(quality.recall) }} where the checkpoint has
+{{ "%.2f" | format(quality.original_recall) }}{% endif %}.</p>{% endif %}
 <dl>{% for term, value in facts %}<dt>{{ term }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl>
 <h2>Error over positions</h2>{{ positions }}
 <h2>Keys and values, per layer</h2>{{ layers }}
@@ -74,6 +84,7 @@ def write_page(manifest: Manifest, parity: Parity) -> str:
     html: str = PAGE.render(
         name=manifest.source.id,
         parity=parity,
+        quality=parity.quality,
         facts=facts,
         columns=COLUMNS,
         rows=[(not parity.holds(case), case_row(case)) for case in parity.cases],

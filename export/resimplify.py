@@ -100,7 +100,7 @@ def _write_graphs(
         path.unlink()  # a link into the bundle, which must not change under it
         path.write_bytes(result.content)
         say(f"checking {name} against the graph before")
-        differences[name] = same_outputs(bundle / path.name, path)
+        differences[name] = same_outputs(bundle / path.name, path, manifest.graphs[name].aliases)
     return differences
 
 

@@ -1,17 +1,46 @@
-"""Open a graph file for comparison: mapped weights, and ONNX Runtime's own optimisations on or off."""
+"""Open and run a graph file for comparison: mapped weights, ONNX Runtime's own optimisations on or off."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 
+from runtime.manifest import Alias
 
-def open_graph(path: Path, optimised: bool) -> ort.InferenceSession:
-    """A session on the CPU. Weights are not packed, or they would be copied."""
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+def open_graph(path: Path, optimised: bool, pack: bool = False) -> ort.InferenceSession:
+    """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve.
+
+    Without packing MatMulNBits widens weights to fp32 and multiplies in fp32; with it, int8 by int4 or int8.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run(
+    session: ort.InferenceSession, feeds: Mapping[str, np.ndarray], aliases: Sequence[Alias] = ()
+) -> list[np.ndarray]:
+    """A graph's outputs, in its order. Outputs that share an input's buffer are written over what was fed."""
+    binding, values = session.io_binding(), {}
+    for name, array in feeds.items():
+        values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        binding.bind_ortvalue_input(name, values[name])
+    shared = {alias.output: alias.input for alias in aliases if alias.same_buffer}
+    outputs = []
+    for output in session.get_outputs():
+        source = shared.get(output.name)
+        array = np.empty(output.shape, DTYPES[output.type]) if source is None else feeds[source]
+        values[output.name] = ort.OrtValue.ortvalue_from_numpy(array) if source is None else values[source]
+        binding.bind_ortvalue_output(output.name, values[output.name])
+        outputs.append(array)
+    session.run_with_iobinding(binding)
+    return outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import onnxscript.optimizer
 import onnxsim
 from onnx_ir.passes import common
 
-from export.session import open_graph
+from export.session import open_graph, run
 from runtime.errors import CheckFailed
+from runtime.manifest import Alias
 from runtime.spec import Frozen
 
 FORBIDDEN = frozenset(
@@ -126,16 +127,16 @@ def peak_rss_mb() -> float:
     return round(peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024), 1)
 
 
-def same_outputs(before: Path, after: Path, seed: int = 0) -> float:
+def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed: int = 0) -> float:
     """Run two graph files on the same random inputs, without ONNX Runtime's own optimisations.
 
-    Returns the largest difference of any output, relative to that output's largest magnitude. Raises
-    CheckFailed where it is over `SAME`.
+    aliases: of the graph's entry in the manifest. Returns the largest difference of any output, relative to
+    that output's largest magnitude. Raises CheckFailed where it is over `SAME`.
     """
     results = []
     for path in (before, after):
         session = open_graph(path, optimised=False)
-        results.append(session.run(None, random_inputs(session, seed)))
+        results.append(run(session, random_inputs(session, seed), aliases))
         del session
     worst = 0.0
     for first, second in zip(*results, strict=True):

@@ -11,18 +11,23 @@ import datetime
 import importlib.metadata
 from pathlib import Path
 
-from export.cases import Depth, Plan, TextKind, make_plans, positions, random_ids, text_ids
-from export.checkpoint import open_checkpoint
+import numpy as np
+
+from export.cases import Depth, Plan, TextKind, limit, make_plans, positions, random_ids, text_ids
+from export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from export.config import Say
-from export.parity import CaseResult, Parity, bound
+from export.dequantised import dequantise
+from export.parity import CaseResult, Parity, bound, exact_bound
 from export.parity_page import write_page
-from export.reference import Reference, reference
+from export.quality import recall, summarise, walk, walked
+from export.reference import reference
 from export.replay import Replay
 from export.staging import staged_file
 from runtime.errors import StillgraphError
-from runtime.manifest import MANIFEST, Manifest, check_files, read
+from runtime.manifest import MANIFEST, Manifest, Quality, check_files, read
 
 STAGE = "validate"
+QUICK_WALK = 256  # tokens of a text for the quality of weights
 
 
 def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default", say: Say) -> Parity:
@@ -37,42 +42,90 @@ def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default"
     if not manifest.graphs:
         raise StillgraphError(STAGE, f"{bundle} has no graph", "export one into it")
     plans = make_plans(manifest, depth)
-    references = _references(bundle, manifest, model, plans, say)
-    cases: list[CaseResult] = []
-    for plan in plans:
-        say(f"{plan.text} ids, ONNX Runtime's optimisations {'on' if plan.optimised else 'off'}")
-        cases += Replay(bundle, manifest, references[plan.text], plan, say).run()
+    proof = Proof(bundle, manifest, _checkpoint(bundle, manifest, model), depth, say)
+    quality = proof.quality() if manifest.quantisation else None
+    cases = [case for part in proof.parts() for case in proof.replay(part, plans)]
     value, why = bound(manifest.model, manifest.precision)
     parity = Parity(
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         depth=depth,
         bound=value,
+        exact_bound=exact_bound(manifest.model, manifest.precision),
         why_bound=why,
         tools={name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
         graphs={name: graph.file.sha256 for name, graph in manifest.graphs.items()},
         weights=manifest.weights.file.sha256,
         cases=tuple(cases),
+        quality=quality,
     )
     _write_reports(bundle, manifest, parity)
     return parity
 
 
-def _references(
-    bundle: Path, manifest: Manifest, model: str | None, plans: list[Plan], say: Say
-) -> dict[TextKind, Reference]:
+class Proof:
+    """One validation at work. PyTorch's model is in memory only while it is asked, the graphs after it."""
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, checkpoint: Checkpoint, depth: Depth, say: Say
+    ) -> None:
+        self.bundle, self.manifest, self.checkpoint = bundle, manifest, checkpoint
+        self.depth, self.say = depth, say
+
+    def quality(self) -> Quality | None:
+        """What the quantised weights cost; None for a bundle that lacks a graph."""
+        manifest = self.manifest
+        if manifest.graph("prefill") is None or manifest.graph("decode") is None:
+            return None
+        text = (self.bundle / "tokenizer.json").is_file()
+        end = min(limit(manifest), QUICK_WALK) if self.depth == "quick" else limit(manifest)
+        self.say("loading PyTorch's model")
+        model = self.checkpoint.load()
+        self.say("PyTorch's pass, for the quality of the weights")
+        ids = self.ids("text" if text else "random")[:, : end + 1]
+        original = reference(model, ids, walked(manifest, end))
+        demo = self.checkpoint.folder == DEMO and self.depth != "quick"
+        recalled = recall(self.bundle, manifest, model) if demo else None
+        del model
+        self.say("the same text through the graphs")
+        divergences = walk(self.bundle, manifest, original, end)
+        return summarise(manifest.precision, divergences, text, recalled)
+
+    def parts(self) -> list[Manifest]:
+        """The bundle, or its graphs one by one where they have weights of their own."""
+        manifest = self.manifest
+        if manifest.quantisation is None or not manifest.quantisation.fast_prefill:
+            return [manifest]
+        return [manifest.model_copy(update={"graphs": {k: v}}) for k, v in manifest.graphs.items()]
+
+    def replay(self, part: Manifest, plans: list[Plan]) -> list[CaseResult]:
+        """Every case of some graphs that have the same weights, against PyTorch with these weights."""
+        self.say("loading PyTorch's model")
+        model = self.checkpoint.load()
+        if part.quantisation is not None:
+            self.say("giving PyTorch's model the quantised weights")
+            dequantise(model, part, next(iter(part.graphs.values())).shape.role)
+        references = {}
+        for kind in dict.fromkeys(plan.text for plan in plans):
+            self.say(f"PyTorch's pass over {kind} ids")
+            wanted = {n for plan in plans if plan.text == kind for n in positions(part, plan)}
+            references[kind] = reference(model, self.ids(kind), wanted)
+        del model
+        cases: list[CaseResult] = []
+        for plan in plans:
+            self.say(f"{plan.text} ids, ONNX Runtime's optimisations {'on' if plan.optimised else 'off'}")
+            cases += Replay(self.bundle, part, references[plan.text], plan, self.say).run()
+        return cases
+
+    def ids(self, kind: TextKind) -> np.ndarray:
+        return random_ids(self.manifest) if kind == "random" else text_ids(self.bundle, self.manifest)
+
+
+def _checkpoint(bundle: Path, manifest: Manifest, model: str | None) -> Checkpoint:
     checkpoint = open_checkpoint(model or manifest.source.id)
     if checkpoint.sha256 != manifest.source.checkpoint_sha256:
         problem = f"{model or manifest.source.id} is not the checkpoint that {bundle} was made from"
         raise StillgraphError(STAGE, problem, "name that checkpoint with --model")
-    say("loading PyTorch's model")
-    original = checkpoint.load()
-    references = {}
-    for kind in dict.fromkeys(plan.text for plan in plans):
-        say(f"PyTorch's pass over {kind} ids")
-        ids = random_ids(manifest) if kind == "random" else text_ids(bundle, manifest)
-        wanted = {position for plan in plans if plan.text == kind for position in positions(manifest, plan)}
-        references[kind] = reference(original, ids, wanted)
-    return references
+    return checkpoint
 
 
 def _write_reports(bundle: Path, manifest: Manifest, parity: Parity) -> None:

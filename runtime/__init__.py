@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine, Step, load
+    from runtime.engine import Engine, Step
+    from runtime.loading import load
 
 __all__ = ["Engine", "Step", "load"]
 
@@ -14,6 +15,6 @@ def __getattr__(name: str) -> Any:
     """Import the engine at its first use: the export needs only the manifest."""
     if name not in __all__:
         raise AttributeError(f"module 'runtime' has no attribute {name!r}")
-    from runtime import engine
+    from runtime import engine, loading
 
-    return getattr(engine, name)
+    return getattr(loading if name == "load" else engine, name)

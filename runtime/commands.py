@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from runtime.chat import Message
-from runtime.engine import MAX_NEW_TOKENS, Engine, Prompt, Step, load
+from runtime.conversation import Conversation
+from runtime.engine import MAX_NEW_TOKENS, Engine, Prompt, Step
 from runtime.errors import StillgraphError
+from runtime.loading import load
 from runtime.measure import PeakPss, Times, peak_rss_mb
 
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
@@ -121,22 +122,21 @@ def chat(
         "seed": seed,
         "stop": stop or (),
     }
-    messages: list[Message] = []
+    conversation = Conversation(engine)
     while (line := _read_line()) not in (None, "/exit"):
         if line == "/reset":
-            messages.clear()
+            conversation.clear()
             engine.reset()
         elif line:
-            _turn(engine, messages, line, options, quiet)
+            _turn(conversation, line, options, quiet)
 
 
-def _turn(engine: Engine, messages: list[Message], line: str, options: dict[str, Any], quiet: bool) -> None:
-    """One question and its answer, both added to `messages`; at a terminal a failed turn leaves no trace."""
-    question: Message = {"role": "user", "content": line}
+def _turn(conversation: Conversation, line: str, options: dict[str, Any], quiet: bool) -> None:
+    """One question and its answer, both added to the chat; at a terminal a failed turn leaves no trace."""
     steps: list[Step] = []
     try:
-        ids = engine.chat_ids([*messages, question])
-        for step in engine.stream(ids, **options):
+        ids = conversation.ids(line)
+        for step in conversation.engine.stream(ids, **options):
             steps.append(step)
             _show(step.text)
     except KeyboardInterrupt:
@@ -148,9 +148,9 @@ def _turn(engine: Engine, messages: list[Message], line: str, options: dict[str,
         print(f"error: {error}", file=sys.stderr)
         return
     _show("\n")
-    messages += [question, {"role": "assistant", "content": "".join(step.text for step in steps)}]
+    conversation.add(line, ids, steps)
     if not quiet:
-        _summary(_report(engine, len(ids), steps, None))
+        _summary(_report(conversation.engine, len(ids), steps, None))
 
 
 def _read_line() -> str | None:

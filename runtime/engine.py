@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Literal
 
 from runtime.chat import Message, Template, read_template
 from runtime.errors import CheckFailed, StillgraphError
-from runtime.graphpair import GraphPair, Load
-from runtime.manifest import GraphEntry, Manifest, check_files, read
+from runtime.graphpair import GraphPair
+from runtime.manifest import Manifest
 from runtime.sampling import Sampler, Sampling
-from runtime.session import Array, Session, available_cores, mappings, populate, session_options
+from runtime.session import Array
 from runtime.text import Stops, Stream, Text
 
 FinishReason = Literal["stop", "length", "context"]
@@ -143,10 +142,25 @@ class Engine:
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat, ready for the model's answer. Raises StillgraphError."""
+        return self.encode_chat(self.chat_text(messages))
+
+    def chat_text(self, messages: Sequence[Message]) -> str:
+        """A chat as the template renders it, ready for the model's answer. Raises StillgraphError."""
+        self._template = self._template or read_template(self.bundle, self._tokenizer().special_tokens)
+        return self._template.render(messages)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Ids of text that a chat template rendered, which has its special tokens. Raises StillgraphError."""
+        return self._tokenizer().encode(text, special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids without special tokens. Raises StillgraphError."""
+        return self._tokenizer().decode(ids)
+
+    def _tokenizer(self) -> Text:
         if self.text is None:
             raise StillgraphError("read chat", f"{self.bundle} has no tokenizer", "give token ids instead")
-        self._template = self._template or read_template(self.bundle, self.text.special_tokens)
-        return self.text.encode(self._template.render(messages), special=False)
+        return self.text
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked against what the graphs can take. Raises StillgraphError."""
@@ -202,58 +216,3 @@ class Engine:
         if request != self._request:
             remedy = "finish one stream before the next, or load a second engine"
             raise StillgraphError("generate", "another request has begun on this engine", remedy)
-
-
-def load(
-    bundle: str | Path,
-    *,
-    unload_prefill: bool | None = None,
-    threads: int | None = None,
-    check_hashes: bool = False,
-) -> Engine:
-    """Load a bundle, ready for a prompt. Raises StillgraphError.
-
-    unload_prefill: hold one graph at a time in memory; None asks the environment for
-    UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
-    file and compare its hash with the manifest's.
-    """
-    began = time.perf_counter()
-    folder = Path(bundle)
-    manifest = read(folder)
-    check_files(folder, manifest, hashes=check_hashes)
-    prefill, decode = _entry(folder, manifest, "prefill"), _entry(folder, manifest, "decode")
-    if prefill.shape.ctx not in (None, decode.shape.ctx):
-        problem = f"{folder} has a prefill of ctx {prefill.shape.ctx} and a decode of ctx {decode.shape.ctx}"
-        raise StillgraphError("load bundle", problem, "export both with one --ctx")
-    if prefill.shape.batch != decode.shape.batch:
-        problem = f"{folder} has a prefill of {prefill.shape.batch} rows and a decode of {decode.shape.batch}"
-        raise StillgraphError("load bundle", problem, "export both with one --batch")
-    one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
-    text = Text(folder, manifest.tokens.bos) if (folder / "tokenizer.json").is_file() else None
-    graphs = GraphPair(prefill, decode, _loader(folder, manifest, threads, one), one)
-    graphs.load_seconds = time.perf_counter() - began
-    return Engine(manifest, graphs, text, folder)
-
-
-def _loader(folder: Path, manifest: Manifest, threads: int | None, one_at_a_time: bool) -> Load:
-    if threads is not None and threads < 1:
-        raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
-    count = threads or available_cores()
-    weights = folder / manifest.weights.file.path
-
-    def open_graph(entry: GraphEntry) -> Session:
-        options = session_options(entry, manifest.precision, count, one_at_a_time)
-        former = mappings(weights)  # of the other graph, populated when that was loaded
-        session = Session(folder / entry.file.path, entry, options)
-        populate(mappings(weights) - former)
-        return session
-
-    return open_graph
-
-
-def _entry(folder: Path, manifest: Manifest, role: str) -> GraphEntry:
-    entry = manifest.graph(role)
-    if entry is None:
-        remedy = f"add one with 'stillgraph export {role}' into the same --out"
-        raise StillgraphError("load bundle", f"{folder} has no {role} graph", remedy)
-    return entry

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty, return_memory
-from runtime.spec import Port
+from runtime.spec import LayerSpec, Port
 
 Load = Callable[[GraphEntry], Runner]
 
@@ -72,9 +73,15 @@ class GraphPair:
     """
 
     def __init__(
-        self, prefill: GraphEntry, decode: GraphEntry, load: Load, one_at_a_time: bool = False
+        self,
+        prefill: GraphEntry,
+        decode: GraphEntry,
+        layers: Sequence[LayerSpec],
+        load: Load,
+        one_at_a_time: bool = False,
     ) -> None:
-        self.ctx, self.rows, self.slots = decode.shape.capacity, decode.shape.batch, prefill.shape.slots
+        self._layers = layers
+        self.ctx, self.rows, self.slots = decode.shape.limit, decode.shape.batch, prefill.shape.slots
         self.continues = prefill.shape.ctx is not None
         self.one_at_a_time = one_at_a_time
         self.load_seconds = 0.0
@@ -85,22 +92,25 @@ class GraphPair:
         self._decode = BoundGraph(decode, load, shared)
         self._prefill = BoundGraph(prefill, load, shared if self.continues else present)
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]
-        self._use(self._prefill)
-        if not one_at_a_time:
-            self._use(self._decode)
+        if one_at_a_time:
+            self._use(self._prefill)
+        else:
+            with ThreadPoolExecutor(2) as pool:  # loading a graph keeps one core busy
+                list(pool.map(BoundGraph.load, (self._prefill, self._decode)))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Put one prompt a row into the cache; logits [B, V] after each row's last token.
 
         The logits are valid until the next call.
         Starts after the longest prefix that the cache already holds, where this prefill can continue one.
-        A row that is complete while others are not gives its last token again, into the same slot.
+        All rows end in the last chunk, so that none is fed again after its end: a layer that moved its window
+        on could not take it.
         """
         self._use(self._prefill)
-        done = [self._reusable(row, prompt) for row, prompt in enumerate(prompts)]
+        done, chunks = self._start(prompts)
         self.cached = [list(prompt[:count]) for prompt, count in zip(prompts, done, strict=True)]
-        while any(len(cached) < len(prompt) for cached, prompt in zip(self.cached, prompts, strict=True)):
-            self._chunk(prompts)
+        for left in range(chunks, 0, -1):
+            self._chunk(prompts, left)
         if not self.continues:
             self._copy_to_decode()
         return self._prefill.logits[:, 0]
@@ -108,14 +118,17 @@ class GraphPair:
     def decode(self, tokens: Sequence[int | None]) -> Array:
         """Append one token a row; logits [B, V] of the next one, valid until the next call.
 
-        None leaves a row as it is: it gives its last token again, into the same slot.
+        None is for a row that has ended: it gives its last token again, into the same slot, or where that
+        slot has moved begins an empty cache.
         """
         self._use(self._decode)
         ids, past = self._decode.inputs["input_ids"], self._decode.inputs["past_length"]
         for row, token in enumerate(tokens):
             cached = self.cached[row]
-            ids[row, 0] = cached[-1] if token is None else token
-            past[row] = len(cached) - (token is None)
+            if token is None and not self._can_return(len(cached), len(cached) - 1):
+                cached.clear()
+            ids[row, 0] = token if token is not None else cached[-1] if cached else 0
+            past[row] = len(cached) if token is not None else max(0, len(cached) - 1)
         self._decode.run()
         for cached, token in zip(self.cached, tokens, strict=True):
             if token is not None:
@@ -126,21 +139,35 @@ class GraphPair:
         """Forget the cache; the next prompt starts from nothing."""
         self.cached = [[] for _ in range(self.rows)]
 
-    def _chunk(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _start(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+        """How many tokens of each prompt are kept from the cache, and how many chunks the others take."""
+        done = [self._reusable(row, prompt) for row, prompt in enumerate(prompts)]
+        while True:
+            todo = [len(prompt) - count for prompt, count in zip(prompts, done, strict=True)]
+            chunks = -(-max(todo) // self.slots)
+            # Each call feeds each row: one with too little left for that can only wait at its first slot.
+            short = [row for row, count in enumerate(todo) if count < chunks and done[row]]
+            if not short:
+                return done, chunks
+            for row in short:
+                done[row] = 0
+
+    def _chunk(self, prompts: Sequence[Sequence[int]], left: int) -> None:
+        """Feed each row what it can take, leaving it a token for each of the `left` - 1 chunks after."""
         inputs = self._prefill.inputs
         inputs["input_ids"][:] = 0
-        pieces = []
         for row, prompt in enumerate(prompts):
-            start = min(len(self.cached[row]), len(prompt) - 1)
-            piece = list(prompt[start : start + self.slots])
+            cached = self.cached[row]
+            start, todo = len(cached), len(prompt) - len(cached)
+            waits = todo < left  # only from the first slot, which is then written again
+            piece = prompt[start : start + (1 if waits else min(self.slots, todo - left + 1))]
             inputs["input_ids"][row, : len(piece)] = piece
             inputs["prompt_length"][row] = len(piece)
             if self.continues:
                 inputs["past_length"][row] = start
-            pieces.append((start, piece))
+            if not waits:
+                cached.extend(piece)
         self._prefill.run()
-        for cached, (start, piece) in zip(self.cached, pieces, strict=True):
-            cached[start:] = piece
 
     def _copy_to_decode(self) -> None:
         """The filled slots of a prefill with buffers of its own, into the buffers the decode reads next."""
@@ -156,7 +183,12 @@ class GraphPair:
         cached, count = self.cached[row], 0
         while count < min(len(cached), len(prompt) - 1) and cached[count] == prompt[count]:
             count += 1
-        return count
+        return count if self._can_return(len(cached), count) else 0
+
+    def _can_return(self, length: int, to: int) -> bool:
+        """Whether a cache of `length` tokens is one of its first `to` tokens if the others are not read."""
+        first = self._decode.entry.shape.first_position
+        return all(first(layer, length) == first(layer, to) for layer in self._layers)
 
     def _use(self, graph: BoundGraph) -> None:
         if graph.loaded:

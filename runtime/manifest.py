@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    Field,
     NonNegativeInt,
     PositiveInt,
     StringConstraints,
@@ -19,7 +20,7 @@ from pydantic import (
 from runtime.errors import StillgraphError
 from runtime.spec import Frozen, GraphShape, ModelSpec, Port, input_ports, output_ports
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST = "manifest.json"
 
 Target = Literal["portable", "onnxruntime"]
@@ -95,8 +96,50 @@ class Tokens(Frozen):
     stop: tuple[NonNegativeInt, ...]
 
 
+class Quantisation(Frozen):
+    """How weights of int8 and int4 are stored: blocks of a row's weights share a scale, and a zero point.
+
+    symmetric: no zero points; keep: patterns of weight names and the precision those are kept at instead;
+    fast_prefill: the prefill graph has weights of its own, int8 with one scale an output channel.
+    """
+
+    block_size: PositiveInt
+    symmetric: bool = True
+    keep: dict[str, Precision] = Field(default_factory=dict)
+    fast_prefill: bool = False
+
+
+class Quality(Frozen):
+    """What quantised weights cost: the graph's logits against those of the checkpoint's own weights.
+
+    text: whether over a text, or over random ids; kl: mean KL divergence in nats; top1_agreement: share of
+    positions with the same best token; perplexity: of the text, and the checkpoint's;
+    recall: share of the demo's held-out questions answered, for the demo alone.
+    """
+
+    text: bool
+    positions: PositiveInt
+    kl: float
+    top1_agreement: float
+    perplexity: float
+    original_perplexity: float
+    recall: float | None = None
+    original_recall: float | None = None
+    kl_bound: float
+    perplexity_bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both bounds hold: of the divergence, and of perplexity over the checkpoint's."""
+        ratio = self.perplexity / self.original_perplexity
+        return self.kl <= self.kl_bound and (not self.text or ratio <= self.perplexity_bound)
+
+
 class Validation(Frozen):
-    """Result of the last validation: worst error over max |logit|, its bound, share of equal top-1."""
+    """Result of the last validation: worst error over max |logit|, its bound, share of equal top-1.
+
+    These are of the graph, against PyTorch with the same weights; quality is of the weights.
+    """
 
     passed: bool
     date: str
@@ -104,17 +147,18 @@ class Validation(Frozen):
     max_relative_error: float
     bound: float
     top1_agreement: float
+    quality: Quality | None = None
 
 
 class Manifest(Frozen):
     """`manifest.json`. Unknown keys are errors; another format version is refused."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     source: Source
     model: ModelSpec
     target: Target
     precision: Precision
-    block_size: PositiveInt | None = None
+    quantisation: Quantisation | None = None
     tools: dict[str, str]
     graphs: dict[str, GraphEntry]
     weights: Weights

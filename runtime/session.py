@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from runtime.errors import StillgraphError
-from runtime.manifest import GraphEntry, Precision
+from runtime.manifest import GraphEntry
 from runtime.spec import DType, Port
 
 MADV_POPULATE_READ = 22  # of Linux
@@ -64,12 +64,13 @@ class Bound:
 
 
 def session_options(
-    entry: GraphEntry, precision: Precision, threads: int, one_at_a_time: bool = False
+    entry: GraphEntry, pack: bool, threads: int, one_at_a_time: bool = False
 ) -> ort.SessionOptions:
     """The options of a graph's session.
 
-    fp32 weights stay mapped from the file, which both graphs then share: packing them makes a private copy
-    for each graph and takes seconds at load, to gain nothing in decode and a sixth of a prefill. A prefill
+    pack: whether weights are copied as the kernels want them. Those of fp32 stay mapped from the file, which
+    both graphs then share: packing them makes a private copy for each graph and takes seconds at load, to gain
+    nothing in decode and a sixth of a prefill. Those of few bits have no other fast kernels. A prefill
     that is to be unloaded gets no arena, which would keep the memory of its activations.
     """
     options = ort.SessionOptions()
@@ -77,7 +78,7 @@ def session_options(
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    if precision == "fp32":
+    if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if entry.shape.role == "prefill":
         # Its threads would spin on for a while and take the cores from the first decode steps.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 LayerKind = Literal["full_attention", "sliding_attention"]
 DType = Literal["int64", "float32", "float16"]
@@ -71,19 +71,25 @@ class Port(Frozen):
 class GraphShape(Frozen):
     """What fixes a graph's shape: its role, rows, token slots and cache slots.
 
-    slots: tokens per call, P for a prefill and 1 for a decode. ctx: cache slots of a graph that reads a
-    cache; None for a prefill that starts from nothing.
+    slots: tokens per call, P for a prefill and 1 for a decode. ctx: tokens that the cache can hold; None for
+    a prefill that starts from nothing. slack: None where every layer has ctx slots (the portable target). In
+    the onnxruntime target, slots over what a layer must keep: full layers have ctx + slack, so that a padded
+    chunk always fits behind the last token, and sliding layers window + slack, so that old tokens are moved
+    out once in slack + 1 tokens and not at each one.
     """
 
     role: Role
     batch: PositiveInt = 1
     slots: PositiveInt
     ctx: PositiveInt | None = None
+    slack: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> GraphShape:
         if self.role == "decode" and (self.slots != 1 or self.ctx is None):
             raise ValueError("a decode graph has one token slot and a ctx")
+        if self.slack is not None and (self.ctx is None or self.slack < self.slots - 1):
+            raise ValueError("a graph with slack has a ctx, and slack for a padded chunk")
         return self
 
     @property
@@ -92,9 +98,31 @@ class GraphShape(Frozen):
         return f"{self.role}-{self.ctx if self.role == 'decode' else self.slots}"
 
     @property
-    def capacity(self) -> int:
-        """Slots of each key/value output: ctx, or P where there is no cache to continue."""
+    def limit(self) -> int:
+        """Tokens that the keys and values can hold: ctx, or P where there is no cache to continue."""
         return self.ctx or self.slots
+
+    def capacity(self, layer: LayerSpec) -> int:
+        """Slots of a layer's key and value buffers."""
+        full = self.limit + (self.slack or 0)
+        return full if self.slack is None or layer.window is None else min(full, layer.window + self.slack)
+
+    def evicts(self, layer: LayerSpec) -> bool:
+        """Whether a layer's buffers have no slot of their own for every position, so that old ones leave."""
+        return self.capacity(layer) < self.limit + (self.slack or 0)
+
+    def first_position(self, layer: LayerSpec, length: int) -> int:
+        """The position in slot 0 of a layer's buffers that have taken `length` tokens.
+
+        0 until they are full. Then GroupQueryAttention with `sliding_window_cache` moves the last window - 1
+        tokens to the front and goes on behind them, so it depends on the length alone, not on the chunks.
+        """
+        capacity = self.capacity(layer)
+        if length <= capacity or not self.evicts(layer):
+            return 0
+        assert layer.window is not None
+        stride = capacity - layer.window + 1
+        return -(-(length - capacity) // stride) * stride
 
 
 def past_names(layer: int) -> tuple[str, str]:
@@ -105,9 +133,9 @@ def present_names(layer: int) -> tuple[str, str]:
     return f"present.{layer}.key", f"present.{layer}.value"
 
 
-def cache_shape(spec: ModelSpec, shape: GraphShape) -> tuple[int, int, int, int]:
-    """[B, KV, C, D] of every key or value buffer of a portable graph."""
-    return shape.batch, spec.num_key_value_heads, shape.capacity, spec.head_dim
+def cache_shape(spec: ModelSpec, shape: GraphShape, layer: int) -> tuple[int, int, int, int]:
+    """[B, KV, C, D] of a layer's key or value buffer."""
+    return shape.batch, spec.num_key_value_heads, shape.capacity(spec.layers[layer]), spec.head_dim
 
 
 def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
@@ -139,7 +167,12 @@ def _cache_ports(
     spec: ModelSpec, shape: GraphShape, names: Callable[[int], tuple[str, str]], when: str
 ) -> list[Port]:
     return [
-        Port(name=name, dtype="float32", shape=cache_shape(spec, shape), meaning=f"layer {i} {kind} {when}")
+        Port(
+            name=name,
+            dtype="float32",
+            shape=cache_shape(spec, shape, i),
+            meaning=f"layer {i} {kind} {when}",
+        )
         for i in range(len(spec.layers))
         for kind, name in zip(("keys", "values"), names(i), strict=True)
     ]

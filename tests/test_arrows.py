@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("export", "patches", "runtime")
-OF_RUNTIME = {f"runtime.{name}" for name in ("errors", "guard", "manifest", "spec")}  # open to export
+OF_RUNTIME = {f"runtime.{name}" for name in ("compiled", "errors", "guard", "manifest", "spec")}  # open to export
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
 
 

@@ -18,8 +18,8 @@ class Family:
 
     architecture: its class name; model_type: the `model_type` of its config; config(raw): the config object
     of a raw config.json; refuse(config): why such a checkpoint cannot be exported, or None; spec(config): the
-    model's shape; build(config): the model, weights not initialised; patches(config, precision): what is
-    changed while it is traced.
+    model's shape; build(config): the model, weights not initialised; patches(config, target, precision): what
+    is changed while it is traced.
     """
 
     architecture: str
@@ -28,7 +28,7 @@ class Family:
     refuse: Callable[[Any], str | None]
     spec: Callable[[Any], ModelSpec]
     build: Callable[[Any], Any]
-    patches: Callable[[Any, str], tuple[Patch, ...]]
+    patches: Callable[[Any, str, str], tuple[Patch, ...]]
 
 
 def families() -> dict[str, Family]:

@@ -7,9 +7,12 @@ from typing import Any
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from export.families import Family
+from patches.fused_attention import FUSED_ATTENTION
+from patches.fused_mlp import FUSED_MLP
 from patches.half_weights import HALF_EMBEDDING, HALF_LINEAR, HALF_TIED_EMBEDDING
 from patches.patch import Patch
 from patches.rms_norm import RMS_NORM
+from patches.rms_normalization import RMS_NORMALIZATION
 from patches.tied_embedding import TIED_EMBEDDING
 from runtime.spec import LayerSpec, ModelSpec
 
@@ -58,12 +61,14 @@ def spec(config: Any) -> ModelSpec:
     )
 
 
-def patches(config: Any, precision: str) -> tuple[Patch, ...]:
-    """RMSNorm always; the embedding by column where the head shares it; half matrices for fp16."""
+def patches(config: Any, target: str, precision: str) -> tuple[Patch, ...]:
+    """What the target's ops ask for, and how the embedding shares the head's matrix where they are tied."""
     tied = config.tie_word_embeddings
+    norm = (RMS_NORM,) if target == "portable" else (RMS_NORMALIZATION, FUSED_ATTENTION, FUSED_MLP)
     if precision == "fp16":
-        return RMS_NORM, HALF_LINEAR, HALF_TIED_EMBEDDING if tied else HALF_EMBEDDING
-    return (RMS_NORM, TIED_EMBEDDING) if tied else (RMS_NORM,)
+        return *norm, HALF_LINEAR, HALF_TIED_EMBEDDING if tied else HALF_EMBEDDING
+    # Quantised rows are gathered as they are stored; a block of them lies along the row.
+    return (*norm, TIED_EMBEDDING) if tied and precision == "fp32" else norm
 
 
 FAMILY = Family(

@@ -14,16 +14,31 @@ from export.checkpoint import open_checkpoint
 from export.config import (
     ExportConfig,
     check_fits_bundle,
+    check_heads,
     check_positions,
     decode_shape,
     prefill_shape,
     request,
+    with_one_slack,
 )
-from runtime.manifest import read
+from runtime.manifest import Quantisation, read
 from runtime.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
 VALUES: dict[str, Any] = {"model": "demo", "target": "portable", "precision": "fp32", "batch": 1, "out": None}
+
+
+ORT: dict[str, Any] = {"target": "onnxruntime"}
+INT4: dict[str, Any] = {"precision": "int4"}
+KEPT = (
+    "lm_head",
+    "",
+    "=int8",
+    "lm_head=",
+    "lm_head=int2",
+    "lm_head=fp16",
+    "lm_head:int8",
+)  # not PATTERN=PRECISION
 
 
 def test_a_request() -> None:
@@ -36,8 +51,22 @@ def test_a_request() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"precision": "int4"}, ("--precision 'int4'", "fp32 or fp16")),
-        ({"target": "onnxruntime"}, ("--target 'onnxruntime'", "portable")),
+        ({"precision": "int3"}, ("--precision 'int3'", "fp32 or fp16 or int8 or int4")),
+        ({"target": "openvino"}, ("--target 'openvino'", "portable or onnxruntime")),
+        (ORT | {"precision": "fp16"}, ("--precision fp16", "--target onnxruntime", "fp32, int8 or int4")),
+        (INT4 | {"block_size": 0}, ("--block-size 0", "32 or 64 or 128")),
+        (INT4 | {"block_size": 48}, ("--block-size 48", "32 or 64 or 128")),
+        ({"precision": "int8", "block_size": 256}, ("--block-size 256", "32 or 64 or 128")),
+        ({"block_size": 32}, ("--block-size", "--precision fp32", "int8 or int4")),
+        ({"asymmetric": True}, ("--asymmetric", "--precision fp32", "int8 or int4")),
+        ({"keep": ["lm_head=int8"]}, ("--keep", "--precision fp32", "int8 or int4")),
+        ({"fast_prefill": True}, ("--fast-prefill", "--precision fp32", "int8 or int4")),
+        ({"precision": "fp16", "block_size": 128}, ("--block-size", "--precision fp16", "int8 or int4")),
+        (INT4 | {"fast_prefill": True}, ("--fast-prefill", "--target portable", "--target onnxruntime")),
+        *(
+            (INT4 | {"keep": ["*.o_proj=int8", wrong]}, (f"--keep {wrong!r}", "lm_head=int8"))
+            for wrong in KEPT
+        ),
         ({"batch": 0}, ("--batch 0", "1 or more")),
         ({"batch": -2}, ("--batch -2", "1 or more")),
     ],
@@ -47,6 +76,60 @@ def test_a_request_for_what_is_not_built(
 ) -> None:
     with refused("export", *words):
         request(**VALUES | values)
+
+
+def test_a_request_for_quantised_weights() -> None:
+    assert request(**VALUES).quantisation is None
+    assert request(**VALUES | INT4).quantisation == Quantisation(block_size=128)
+    options = {"block_size": 32, "asymmetric": True, "keep": ["lm_head=int8", "layers.0.*=fp32"]}
+    assert request(**VALUES | INT4 | options).quantisation == Quantisation(
+        block_size=32, symmetric=False, keep={"lm_head": "int8", "layers.0.*": "fp32"}
+    )
+    fast = request(**VALUES | ORT | {"precision": "int8", "block_size": 64, "fast_prefill": True})
+    assert fast.quantisation == Quantisation(block_size=64, fast_prefill=True)
+
+
+def test_the_onnxruntime_target_has_slack_for_a_padded_chunk() -> None:
+    config = ExportConfig(target="onnxruntime")
+    decode = decode_shape(config, 1024)
+    for max_len in (1, 32, 128, 129, 512):
+        prefill = prefill_shape(config, max_len, 1024)
+        assert prefill.slack is not None
+        assert prefill.slack >= max_len - 1
+        both = with_one_slack([prefill, decode])
+        assert {shape.slack for shape in both} == {max(prefill.slack, decode.slack or 0)}
+        assert [shape.model_copy(update={"slack": None}) for shape in both] == [
+            shape.model_copy(update={"slack": None}) for shape in (prefill, decode)
+        ]
+    portable = [prefill_shape(ExportConfig(), 16, None), decode_shape(ExportConfig(), 40)]
+    assert with_one_slack(portable) == portable
+    assert {shape.slack for shape in portable} == {None}
+
+
+def test_a_prefill_of_the_onnxruntime_target_has_a_cache(refused: Refused) -> None:
+    with refused("export", "--target onnxruntime", "--ctx"):
+        prefill_shape(ExportConfig(target="onnxruntime"), 16, None)
+
+
+@pytest.mark.parametrize("head_dim", [6, 12, 20, 36])
+def test_heads_that_the_op_does_not_take(
+    refused: Refused,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    head_dim: int,
+) -> None:
+    """Before any work; the portable target takes them, and both take multiples of 8."""
+    monkeypatch.setattr("export.bundle.convert", lambda *_: pytest.fail("work was done"))
+    model = tiny_checkpoint(head_dim=head_dim)
+    config = ExportConfig(model=str(model), out=tmp_path / "new", target="onnxruntime")
+    with refused("export", f"head size of {head_dim}", "GroupQueryAttention", "--target portable"):
+        export(config, [decode_shape(config, 40)], replace=True, say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+    spec = open_checkpoint(str(model)).spec
+    check_heads(spec, "portable")
+    for good in (8, 24, 256):
+        check_heads(spec.model_copy(update={"head_dim": good}), "onnxruntime")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +186,9 @@ OTHERS: list[tuple[dict[str, Any], GraphShape, str]] = [
     ({}, PREFILL.model_copy(update={"ctx": 48}), "ctx 40"),
     ({}, GraphShape(role="decode", slots=1, ctx=32), "ctx 40"),
     ({}, GraphShape(role="prefill", slots=41), "at most ctx"),
+    ({}, PREFILL.model_copy(update={"slack": 15}), "slack None"),
+    (INT4 | {"quantisation": Quantisation(block_size=32)}, PREFILL, "precision fp32"),
+    ({"quantisation": Quantisation(block_size=32)}, PREFILL, "quantisation None"),
 ]
 
 

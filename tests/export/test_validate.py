@@ -14,7 +14,8 @@ import pytest
 from onnx import numpy_helper
 
 from export.cases import edges, make_plans, positions
-from export.parity import bound, cache_error, compare
+from export.compare import cache_error, compare
+from export.parity import bound
 from export.validate import validate
 from runtime.errors import StillgraphError
 from runtime.manifest import MANIFEST, File, Manifest, read, sha256

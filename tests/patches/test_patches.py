@@ -7,19 +7,23 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextScaledWordEmbedding
 
 import patches
 from patches.patch import Patch, applied
 
+SUMS = 1e-5  # relative to the largest output: products of 48 and 96 terms, summed in another order
 HALF = 2.0**-11  # relative rounding of a number to fp16
 
 
@@ -101,11 +105,91 @@ def test_half_linear(bias: bool) -> None:
     assert not torch.equal(found, plain)
 
 
+def as_onnx(name: str, module: nn.Module, argument: Tensor) -> Tensor:
+    """What ONNX Runtime makes of a module traced with a patch, whose ops PyTorch cannot run."""
+    with torch.no_grad(), applied((ALL[name],)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(module, (argument,), dynamo=True, opset_version=23, verbose=False)
+    assert program is not None
+    session = ort.InferenceSession(program.model_proto.SerializeToString())
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: argument.numpy()})[0])
+
+
+def assert_near(found: Tensor, plain: Tensor) -> None:
+    assert float((found - plain).abs().max()) <= SUMS * float(plain.abs().max())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 3e3])
+def test_rms_normalization(scale: float) -> None:
+    module = seeded(Gemma3RMSNorm(48, eps=1e-6)).eval()
+    argument = scale * torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = module(argument)
+    torch.testing.assert_close(as_onnx("rms_normalization", module, argument), plain, rtol=1e-6, atol=1e-9)
+
+
+def geometry(**values: Any) -> Any:
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 3}
+    return gemma3.Gemma3TextConfig(
+        **sizes, num_hidden_layers=2, head_dim=16, attn_implementation="eager", **values
+    )
+
+
+def test_fused_mlp() -> None:
+    argument = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(3))
+    found, plain = with_and_without("fused_mlp", seeded(gemma3.Gemma3MLP(geometry())), argument)
+    assert_near(found, plain)
+
+
+class StandIn:
+    """A cache that attends in PyTorch, from nothing, to [B, S, heads * D] queries, keys and values."""
+
+    def __init__(self, rotary: tuple[Tensor, Tensor], mask: Tensor) -> None:
+        self.rotary, self.mask = rotary, mask
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, module: Any) -> Tensor:
+        heads = [t.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for t in (query, key, value)]
+        query, key = gemma3.apply_rotary_pos_emb(heads[0], heads[1], *self.rotary)
+        output, _ = gemma3.eager_attention_forward(
+            module, query, key, heads[2], self.mask, scaling=module.scaling
+        )
+        return output.flatten(2)
+
+
+class Attention(nn.Module):
+    """Gemma3Attention over 5 tokens from nothing; `cache` is for the patched one."""
+
+    def __init__(self, bias: bool, cached: bool) -> None:
+        super().__init__()
+        config = geometry(attention_bias=bias)
+        self.attention = seeded(gemma3.Gemma3Attention(config, 1)).eval()
+        positions = torch.arange(5)[None]
+        kind = config.layer_types[1]
+        self.rotary = gemma3.Gemma3RotaryEmbedding(config)(torch.zeros(1), positions, kind)
+        self.mask = torch.full((5, 5), -1e9).triu(1)[None, None]
+        self.cache = StandIn(self.rotary, self.mask) if cached else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.attention(
+            hidden, self.rotary, None if self.cache else self.mask, past_key_values=self.cache
+        )[0]
+        return output
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_attention(bias: bool) -> None:
+    """6 query heads over 3; what the op does between the projections is PyTorch's in both."""
+    argument = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        plain = Attention(bias, cached=False)(argument)
+    assert_near(as_onnx("fused_attention", Attention(bias, cached=True), argument), plain)
+
+
 @pytest.mark.parametrize("patch", ALL.values(), ids=ALL)
 def test_a_patch_says_why_and_until_when(patch: Patch) -> None:
     assert patch.reason
     assert patch.remove_when
-    assert patch.upstream.startswith("https://github.com/")
+    assert patch.upstream.startswith(("https://github.com/", "https://onnx.ai/onnx/operators/"))
 
 
 @pytest.mark.parametrize("patch", ALL.values(), ids=ALL)
@@ -147,7 +231,8 @@ def test_importing_patches_changes_nothing() -> None:
 import importlib, pkgutil
 import torch.nn
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
-places = [torch.nn.Linear, gemma3.Gemma3RMSNorm, gemma3.Gemma3TextScaledWordEmbedding]
+places = [torch.nn.Linear, gemma3.Gemma3RMSNorm, gemma3.Gemma3TextScaledWordEmbedding, gemma3.Gemma3MLP]
+places.append(gemma3.Gemma3Attention)
 before = [place.forward for place in places]
 import patches
 for module in pkgutil.iter_modules(patches.__path__):
@@ -158,9 +243,15 @@ assert before == [place.forward for place in places]
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("target", "precision"), [("portable", "fp32"), ("portable", "fp16"), ("onnxruntime", "fp32")]
+)
 def test_convert_leaves_torch_and_transformers_as_they_were(
-    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, precision: str, fails: bool
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    target: Any,
+    precision: Any,
+    fails: bool,
 ) -> None:
     from export import convert
     from export.checkpoint import open_checkpoint
@@ -177,13 +268,13 @@ def test_convert_leaves_torch_and_transformers_as_they_were(
     before = [getattr(*place) for place in places]
     attention = dict(ALL_ATTENTION_FUNCTIONS)
     dtype, checkpoint = torch.get_default_dtype(), open_checkpoint(str(tiny_checkpoint()))
-    shape = GraphShape(role="decode", slots=1, ctx=8)
+    shape = GraphShape(role="decode", slots=1, ctx=8, slack=None if target == "portable" else 3)
     if fails:
         monkeypatch.setattr(torch.onnx, "export", exporter)
         with pytest.raises(ZeroDivisionError):
-            convert.convert(checkpoint, shape, precision)
+            convert.convert(checkpoint, shape, target, precision)
     else:
-        convert.convert(checkpoint, shape, precision)
+        convert.convert(checkpoint, shape, target, precision)
     assert before == [getattr(*place) for place in places]
     assert dict(ALL_ATTENTION_FUNCTIONS) == attention
     assert torch.get_default_dtype() == dtype

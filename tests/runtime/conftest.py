@@ -166,7 +166,7 @@ def engine_of(tmp_path: Path) -> Callable[..., tuple[Engine, Mock]]:
         shape = GraphShape(role="prefill", batch=batch, slots=slots, ctx=ctx if continues else None)
         prefill = entry(shape, vocab, in_place)
         decode = entry(GraphShape(role="decode", batch=batch, slots=1, ctx=ctx), vocab, in_place)
-        pair = GraphPair(prefill, decode, mock.load, one_at_a_time)
+        pair = GraphPair(prefill, decode, spec(vocab).layers, mock.load, one_at_a_time)
         graphs = {graph.shape.name: graph for graph in (prefill, decode)}
         return Engine(manifest(graphs, vocab, stop), pair, text, tmp_path), mock
 
@@ -226,7 +226,7 @@ def onnx_mock(shape: GraphShape, vocab: int, ballast_mb: int = 0) -> bytes:
     """The mock model as an ONNX graph of a shape, with a matrix of `ballast_mb` that changes nothing."""
     from onnx import TensorProto, helper, numpy_helper
 
-    rows, slots, capacity = shape.batch, shape.slots, shape.capacity
+    rows, slots, capacity = shape.batch, shape.slots, shape.limit
     kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
     constants = {
         "slot": np.arange(capacity, dtype=np.int64)[None],

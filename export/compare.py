@@ -1,0 +1,73 @@
+"""How far apart two logits, or two caches, are. Shapes: V vocabulary."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.spec import Frozen
+
+
+class Comparison(Frozen):
+    """Logits of one row at one position, against the reference. kl in nats, from the reference."""
+
+    row: int
+    position: int
+    max_error: float
+    mean_error: float
+    relative_error: float
+    kl: float
+    top1_equal: bool
+
+
+class Divergence(Frozen):
+    """Logits at one position against those of the checkpoint's own weights, which are others.
+
+    kl, nll in nats, kl from the checkpoint; nll of the text's next token, None at the end of the text.
+    """
+
+    kl: float
+    top1_equal: bool
+    nll: float | None
+    original_nll: float | None
+
+
+def compare(row: int, position: int, reference: np.ndarray, found: np.ndarray) -> Comparison:
+    """Measure logits [V] against the reference's. relative_error: max |difference| over max |reference|."""
+    difference = np.abs(found - reference)
+    return Comparison(
+        row=row,
+        position=position,
+        max_error=float(difference.max()),
+        mean_error=float(difference.mean()),
+        relative_error=float(difference.max() / np.abs(reference).max()),
+        kl=kl_divergence(log_softmax(reference), log_softmax(found)),
+        top1_equal=bool(reference.argmax() == found.argmax()),
+    )
+
+
+def diverge(original: np.ndarray, found: np.ndarray, token: int | None) -> Divergence:
+    """Measure logits [V] against those of the checkpoint; token: the one that comes next in the text."""
+    original_log, found_log = log_softmax(original), log_softmax(found)
+    return Divergence(
+        kl=kl_divergence(original_log, found_log),
+        top1_equal=bool(original.argmax() == found.argmax()),
+        nll=None if token is None else -float(found_log[token]),
+        original_nll=None if token is None else -float(original_log[token]),
+    )
+
+
+def kl_divergence(reference: np.ndarray, found: np.ndarray) -> float:
+    """KL divergence in nats from log-probabilities [V]; rounding may bring it below 0, which it never is."""
+    return max(0.0, float(np.sum(np.exp(reference) * (reference - found))))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    result: np.ndarray = wide - np.log(np.exp(wide).sum())
+    return result
+
+
+def cache_error(reference: np.ndarray, found: np.ndarray) -> float:
+    """Largest difference of two key or value blocks, relative to the largest magnitude of the reference."""
+    return float(np.abs(found - reference).max() / np.abs(reference).max())

@@ -1,0 +1,236 @@
+"""Do once, for this machine, what ONNX Runtime would do at every start: optimise the graphs and pack weights.
+
+The result lies in `BUNDLE/compiled/<cpu>/`. Its description is written last and in one step, and no file that
+the former one names is touched before that: an interrupted compile leaves the former result, or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+
+from export.packed import PackedFile, Place, external, locate, pack_largest_first, take_in
+from export.rehearsal import compare
+from export.staging import staged_file
+from runtime.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, cpu_name, read, set_options
+from runtime.errors import CheckFailed, StillgraphError
+from runtime.manifest import File, GraphEntry, Manifest, check_files, sha256
+from runtime.manifest import read as read_manifest
+
+STAGE = "compile"
+MIN_EXTERNAL = 1024  # bytes; smaller weights stay inside the graph's file
+# Bytes that packing takes of the disk, by bytes of weights: each weight as it is and packed (int4 in blocks
+# of 32 grows by half), in the file that stays and in the one that ONNX Runtime writes for the graph at work.
+DISK = 5
+FULL = 1 << 20  # bytes free on a disk that is as good as full
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compile: of which bundle, into which folder, and whether weights are packed."""
+
+    bundle: Path
+    folder: Path
+    manifest: Manifest
+    pack: bool
+
+
+def compile_bundle(bundle: Path, say: Say, pack_fp32: bool = False) -> Compiled:
+    """Compile every graph of a bundle for this CPU and this ONNX Runtime; replaces a former result.
+
+    Weights are stored as the kernels pack them, but those of an fp32 bundle: both graphs can map these
+    from the bundle's own file. pack_fp32 packs them too: a prefill becomes faster by a seventh, a load slower
+    by seconds, and the result takes twice the weights' size on disk. Raises StillgraphError for bad input or
+    a full disk, CheckFailed where a compiled graph does not compute what the bundle's does.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    if not manifest.graphs:
+        raise StillgraphError(STAGE, f"{bundle} has no graph", "add one with 'stillgraph export bundle'")
+    pack = pack_fp32 or manifest.precision != "fp32"
+    job = Job(bundle, bundle / COMPILED / cpu_name(), manifest, pack)
+    with _disk_errors(job.folder), _claimed(job.folder):
+        _check_space(job)
+        compiled = _compile(job, say)
+        staged_file(job.folder / DESCRIPTION, compiled.to_json())
+    return compiled
+
+
+def _compile(job: Job, say: Say) -> Compiled:
+    entries = list(job.manifest.graphs.values())
+    with tempfile.TemporaryDirectory(dir=job.folder) as name:
+        packed = PackedFile(Path(name) / "packed")
+        models = [_prepare(job, entry, Path(name), packed, say) for entry in entries]
+        data = _keep(job, packed.path, "packed", ".data") if packed.close() else None
+    where = data.path if data else ""
+    graphs = []
+    for entry, model in zip(entries, models, strict=True):
+        locate(model, lambda location: location or where)
+        file = _write_graph(job, entry, model)
+        say(f"checking {entry.shape.name} against the graph that is not compiled")
+        worst = _rehearse(job, entry, file)
+        graphs.append(CompiledGraph(source=entry.file, file=file, worst_difference=worst))
+    return Compiled(
+        cpu=job.folder.name,
+        onnxruntime=ort.__version__,
+        packed=job.pack,
+        weights=job.manifest.weights.file,
+        graphs=tuple(graphs),
+        data=data,
+    )
+
+
+def _prepare(job: Job, entry: GraphEntry, folder: Path, packed: PackedFile, say: Say) -> onnx.ModelProto:
+    """The optimised graph: each weight is in `packed`, at location "", or where the bundle has it."""
+    say(f"optimising {entry.shape.name}")
+    work = folder / "graph"
+    work.mkdir()
+    model = _optimise(job, entry, work)
+    if job.pack:
+        say(f"sharing the packed weights of {entry.shape.name}")
+        take_in(model, work, packed, job.bundle, stored_weights(job.bundle, entry))
+        pack_largest_first(model.graph)
+    else:
+        parent = Path(entry.file.path).parent
+        locate(model, lambda location: (parent / location).as_posix())
+    shutil.rmtree(work)
+    return model
+
+
+def _optimise(job: Job, entry: GraphEntry, work: Path) -> onnx.ModelProto:
+    """The graph as ONNX Runtime optimises and saves it, in the folder `work`.
+
+    With packing its weights are saved beside it, packed; else they stay where the bundle has them.
+    """
+    path, options = work / "graph.onnx", _options()
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.disable_prepacking", "0" if job.pack else "1")
+    if job.pack:
+        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+        name = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{name}_file_name", "graph.data")
+        options.add_session_config_entry(f"{name}_min_size_in_bytes", str(MIN_EXTERNAL))
+    source = job.bundle / entry.file.path
+    try:
+        ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        if shutil.disk_usage(work).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        problem = f"ONNX Runtime cannot optimise {source} ({_first_line(error)})"
+        raise StillgraphError(STAGE, problem, "check the bundle with 'stillgraph inspect'") from error
+    return onnx.load(path, load_external_data=False)
+
+
+def stored_weights(bundle: Path, entry: GraphEntry) -> dict[str, Place]:
+    """Where the bundle has the weights of a graph, by name."""
+    parent = Path(entry.file.path).parent
+    places = {}
+    for tensor in onnx.load(bundle / entry.file.path, load_external_data=False).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = external(tensor)
+            location = (parent / entries["location"]).as_posix()
+            places[tensor.name] = location, int(entries["offset"]), int(entries["length"])
+    return places
+
+
+def _write_graph(job: Job, entry: GraphEntry, model: onnx.ModelProto) -> File:
+    path = job.folder / "graph"
+    path.write_bytes(model.SerializeToString())
+    return _keep(job, path, entry.shape.name, ".onnx")
+
+
+def _keep(job: Job, path: Path, name: str, suffix: str) -> File:
+    """Give a finished file its place. Part of its hash is in its name: a former file of another content keeps
+    its own."""
+    digest = sha256(path)
+    final = path.replace(job.folder / f"{name}-{digest[:8]}{suffix}")
+    return File(path=final.relative_to(job.bundle).as_posix(), nbytes=final.stat().st_size, sha256=digest)
+
+
+def _rehearse(job: Job, entry: GraphEntry, file: File) -> float:
+    """Largest relative difference between the plain graph and the compiled one. Raises CheckFailed."""
+    plain, compiled = _options(), _options()
+    plain.add_session_config_entry("session.disable_prepacking", "0" if job.pack else "1")
+    set_options(compiled, job.bundle, job.pack)
+    variants = (job.bundle / entry.file.path, plain), (job.bundle / file.path, compiled)
+    try:
+        return compare(*variants, entry, job.manifest.model.vocab_size)
+    except CheckFailed:
+        raise
+    except Exception as error:  # as above
+        problem = f"ONNX Runtime cannot run compiled {entry.shape.name} ({_first_line(error)})"
+        raise CheckFailed(STAGE, problem, "report this as a defect") from error
+
+
+def _options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def _check_space(job: Job) -> None:
+    needed = DISK * job.manifest.weights.file.nbytes if job.pack else 0
+    if needed > (free := shutil.disk_usage(job.folder).free):
+        problem = f"packing may take {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB of disk space are free"
+        raise StillgraphError(STAGE, problem, "free space and compile again")
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder against another compile; before and after it has no file that its description lacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = None
+    if sys.platform != "win32":
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, whatever ends that
+        except BlockingIOError:
+            os.close(handle)
+            raise StillgraphError(STAGE, f"another compile into {folder} is at work", "wait for it") from None
+    try:
+        _clean(folder)
+        yield
+    finally:
+        _clean(folder)
+        for empty in (folder, folder.parent):
+            if not any(empty.iterdir()):
+                empty.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _clean(folder: Path) -> None:
+    """Remove what the description in a folder does not name."""
+    try:
+        kept = {Path(file.path).name for file in read(folder).files()} | {DESCRIPTION}
+    except (OSError, ValueError):
+        kept = set()
+    for path in list(folder.iterdir()):
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem, remedy = f"{folder}: {error.strerror or error}", "free space, or make the bundle writable"
+        raise StillgraphError(STAGE, problem, f"{remedy}, and compile again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

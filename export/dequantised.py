@@ -1,0 +1,60 @@
+"""PyTorch's model with the weights of a quantised bundle, so that a graph's error is the graph's alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from typing import cast
+
+import torch
+
+from export.lowering import Plan
+from export.quantize import Bits, Format, quantise
+from runtime.errors import CheckFailed
+from runtime.manifest import Manifest
+from runtime.spec import Role
+
+BLOCKED = ("packed", "columns")  # parts of a weight in blocks, of which each stored one has one
+CHANNELS = "channels"  # the part of one with a scale a row
+
+
+@torch.no_grad()
+def dequantise(model: torch.nn.Module, manifest: Manifest, role: Role) -> None:
+    """Replace each weight that a graph of the bundle reads quantised by what its numbers mean.
+
+    The checkpoint's weight is quantised again, in the form that the bundle's weights file names, and nothing
+    is read from that file: a mistake in how it is packed is an error of the graph, as it should be. Raises
+    CheckFailed where the file holds a weight that the model has not.
+    """
+    parameters = dict(model.named_parameters())
+    for name, form in forms(
+        manifest, role, {name: p.shape[1] for name, p in parameters.items() if p.dim() > 1}
+    ):
+        parameter = parameters[name]
+        parameter.copy_(quantise(parameter, form).dequantise())
+
+
+def forms(manifest: Manifest, role: Role, columns: dict[str, int]) -> Iterator[tuple[str, Format]]:
+    """Each quantised tensor of the checkpoint and its form in a graph. columns: of every matrix by name."""
+    assert manifest.quantisation is not None
+    plan = Plan(manifest.target, manifest.precision, manifest.quantisation)
+    blocked, channels = set[tuple[str, int]](), set[tuple[str, int]]()
+    for stored in manifest.weights.tensors:
+        if (found := re.fullmatch(r"(.+)\.int(\d)\.(\w+)", stored)) is None:
+            continue
+        name, bits, part = found.groups()
+        sources = [".".join(parts) for parts in product(*(part.split("+") for part in name.split(".")))]
+        if unknown := set(sources) - set(columns):
+            problem = f"the bundle has a weight {min(unknown)} that the checkpoint has not"
+            raise CheckFailed("validate", problem, "export the bundle again")
+        if part in BLOCKED:
+            blocked |= {(source, int(bits)) for source in sources}
+        elif part == CHANNELS and role == "prefill":
+            channels |= {(source, int(bits)) for source in sources}
+    for source, bits in sorted(blocked):
+        if source not in dict(channels):
+            form = plan.form("int4" if bits == 4 else "int8")
+            yield source, form
+    for source, bits in sorted(channels):
+        yield source, Format(cast(Bits, bits), columns[source])

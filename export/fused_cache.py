@@ -1,0 +1,98 @@
+"""The key/value cache of the onnxruntime target: one op writes it, reads it and moves the window on.
+
+Shapes: B batch, S new token slots, H query heads, KV key/value heads, C cache slots, D head size,
+R positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from runtime.spec import GraphShape, LayerSpec, ModelSpec
+
+GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
+ROTARY_MULTIPLE = 16  # of the RoPE inside the op; other heads are rotated before it
+UNUSED = [None] * 7  # position_ids to v_norm_weight, between sin_cache and query_seqlens
+
+
+class FusedCache:
+    """What a model calls `past_key_values`, and the attention over it, since one op does both in place.
+
+    past: (key, value) [B, KV, C, D] a layer; past_length: int64 [B] tokens in the cache before this call;
+    new_length: int64 [B] valid ones of the S new tokens; rotary: (cos, sin) [R, D / 2] of each layer kind.
+    `present[i]` holds layer i's (key, value) after its `attend`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shape: GraphShape,
+        past: list[tuple[Tensor, Tensor]],
+        lengths: tuple[Tensor, Tensor],
+        rotary: dict[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        self.spec, self.shape, self.past, self.rotary = spec, shape, past, rotary
+        past_length, new_length = lengths
+        self.past_length, self.new_length = past_length, new_length.to(torch.int32)
+        self.last = (past_length + new_length - 1).to(torch.int32)  # what the op calls seqlens_k
+        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, module: nn.Module) -> Tensor:
+        """Attention of layer `module.layer_idx` over its past and the new tokens: [B, S, H * D].
+
+        query: [B, S, H * D], key and value: [B, S, KV * D], normalised, RoPE not yet applied.
+        """
+        index: int = module.layer_idx  # type: ignore[assignment]
+        layer, scaling = self.spec.layers[index], module.scaling
+        cos, sin = self.rotary[layer.kind]
+        if self.rotates_before:
+            query, key = (self.rotate(heads, cos, sin) for heads in (query, key))
+        past_key, past_value = self.past[index]
+        # Without sliding_window_cache the op wants all positions to fit, and takes this as their number.
+        total = torch.tensor(self.shape.limit + (self.shape.slack or 0), dtype=torch.int32)
+        inputs: list[Tensor | None] = [query, key, value, past_key, past_value, self.last, total]
+        inputs += [None, None] if self.rotates_before else [cos, sin]
+        output, *present = torch.onnx.ops.symbolic_multi_out(
+            GROUP_QUERY_ATTENTION,
+            [*inputs, *UNUSED, self.new_length],
+            attrs=self.attributes(layer, float(scaling)),  # type: ignore[arg-type]
+            dtypes=[query.dtype] * 3,
+            shapes=[query.shape, past_key.shape, past_value.shape],
+            version=1,
+        )
+        self.present[index] = present[0], present[1]
+        return output
+
+    @property
+    def rotates_before(self) -> bool:
+        return self.spec.head_dim % ROTARY_MULTIPLE != 0
+
+    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE of [B, S, heads * D] at the positions of this call."""
+        slots = torch.arange(heads.shape[1])[None, :]
+        rotated: Tensor = torch.onnx.ops.symbolic(
+            "RotaryEmbedding",
+            [heads, cos, sin, self.past_length[:, None] + slots],
+            attrs={"num_heads": heads.shape[-1] // self.spec.head_dim},
+            dtype=heads.dtype,
+            shape=heads.shape,
+            version=23,
+        )
+        return rotated
+
+    def attributes(self, layer: LayerSpec, scaling: float) -> dict[str, int | float]:
+        """The op's attributes. RoPE rotates halves (`rotate_half` of transformers): not interleaved."""
+        return {
+            "num_heads": self.spec.num_attention_heads,
+            "kv_num_heads": self.spec.num_key_value_heads,
+            "scale": scaling,
+            "do_rotary": int(not self.rotates_before),
+            "rotary_interleaved": 0,
+            "local_window_size": layer.window or -1,
+            "sliding_window_cache": int(self.shape.evicts(layer)),
+        }
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Asked for by models that make their own positions; ours are in the op."""
+        return 0

@@ -1,0 +1,107 @@
+"""Call a bundle's graphs over a cache: prompts in chunks, then one token at a time.
+
+Shapes: B rows, N tokens, S token slots, C cache slots, KV key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from export.session import open_graph, run
+from runtime.manifest import GraphEntry, Manifest
+from runtime.spec import past_names, present_names
+
+POISON = 1e4  # far over any key or value, and finite, as a slot left by a former prompt would be
+Cache = dict[str, np.ndarray]  # buffers [B, KV, C, D] by input name; a call replaces or overwrites them
+
+
+class GraphRun:
+    """A bundle's graphs, one of them in memory at a time.
+
+    optimised: as a runtime would run them, ONNX Runtime's own optimisations on and quantised weights in the
+    kernels that are made for them; else every op as it is written.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, optimised: bool) -> None:
+        self.bundle, self.manifest, self.optimised = bundle, manifest, optimised
+        self.layers = range(len(manifest.model.layers))
+        cached = manifest.graph("decode") or manifest.graph("prefill")
+        assert cached is not None
+        self.cached = cached  # the graph whose buffers the cache is made of
+        self.rows = np.arange(cached.shape.batch)
+        self._open: tuple[str, ort.InferenceSession] | None = None
+
+    def new_cache(self) -> Cache:
+        """Buffers that hold nothing: every slot is poisoned."""
+        ports = {port.name: port.shape for port in (*self.cached.inputs, *self.cached.outputs)}
+        names = past_names if self.cached.shape.ctx else present_names
+        return {
+            past: np.full(ports[name], POISON, np.float32)
+            for layer in self.layers
+            for past, name in zip(past_names(layer), names(layer), strict=True)
+        }
+
+    def first_position(self, layer: int, length: int) -> int:
+        """The position in a layer's first slot after `length` tokens."""
+        return self.cached.shape.first_position(self.manifest.model.layers[layer], int(length))
+
+    def prefill(self, cache: Cache, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Feed the first `lengths` [B] of ids [B, N] in chunks; logits [B, V] after the last of each row.
+
+        All rows end with the last chunk; a row too short for that waits at slot 0.
+        """
+        graph = self._graph("prefill")
+        slots, done = graph.shape.slots, np.zeros_like(lengths)
+        for left in range(-(-int(lengths.max()) // slots), 0, -1):
+            waits = lengths - done < left
+            count = np.where(waits, 1, np.minimum(slots, lengths - done - left + 1))
+            chunk = np.full((len(self.rows), slots), self.manifest.tokens.pad or 0, np.int64)
+            for row in self.rows:
+                chunk[row, : count[row]] = ids[row, done[row] : done[row] + count[row]]
+            feeds = {"input_ids": chunk, "prompt_length": count}
+            if graph.shape.ctx is not None:
+                feeds |= {"past_length": done, **cache}
+            logits = self._call(graph, feeds, cache, lengths)
+            done = np.where(waits, done, done + count)
+        return logits
+
+    def decode(self, cache: Cache, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Feed one token a row, ids [B], behind the `lengths` [B] that are there; logits [B, V]."""
+        graph = self._graph("decode")
+        return self._call(graph, {"input_ids": ids[:, None], "past_length": lengths, **cache}, cache, lengths)
+
+    def _graph(self, role: str) -> GraphEntry:
+        graph = self.manifest.graph(role)
+        assert graph is not None
+        if self._open is None or self._open[0] != role:
+            self._open = None  # before the next is loaded
+            pack = self.optimised and self.manifest.quantisation is not None
+            self._open = role, open_graph(self.bundle / graph.file.path, self.optimised, pack)
+        return graph
+
+    def _call(
+        self, graph: GraphEntry, feeds: dict[str, np.ndarray], cache: Cache, lengths: np.ndarray
+    ) -> np.ndarray:
+        """Run a graph and put what it returns where its valid tokens are into the cache."""
+        assert self._open is not None
+        session = self._open[1]
+        logits, *present = run(session, feeds, graph.aliases)
+        names = [name for layer in self.layers for name in past_names(layer)]
+        outputs = [name for layer in self.layers for name in present_names(layer)]
+        assert [output.name for output in session.get_outputs()[1:]] == outputs
+        for name, block in zip(names, present, strict=True):
+            if block.shape == cache[name].shape:
+                cache[name] = block
+            else:
+                fill(cache[name], block, lengths)  # a prefill without a cache: to the front
+        result: np.ndarray = logits[:, 0]
+        return result
+
+
+def fill(buffer: np.ndarray, block: np.ndarray, lengths: np.ndarray) -> None:
+    """Copy each row's first `lengths` [B] slots of `block` [B, KV, S, D] into `buffer` [B, KV, C, D]."""
+    for row, length in enumerate(lengths):
+        buffer[row, :, :length] = block[row, :, :length]

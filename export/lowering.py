@@ -1,0 +1,129 @@
+"""Weights of few bits in a graph: products with a weight, and the embedding, read quantised ones instead."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from export import quantised_ops as ops
+from export.parts import Matrix, matrix_of
+from export.quantize import Bits, Format
+from export.recipe import Recipe, Weight
+from runtime.manifest import Precision, Quantisation, Target
+
+BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
+RISING: tuple[Precision, ...] = ("int4", "int8", "fp32")
+HEAD = "lm_head.weight"  # what a tied embedding is called as well
+OPSETS = {"portable": ("", 21), "onnxruntime": (ops.MICROSOFT, 1)}  # 21 has four bits and blocks
+IR_VERSION = 10  # the first with types of four bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the weights of one graph are stored.
+
+    fast: products of more than one token a row take int8 activations, one scale a token, and int8 weights,
+    one scale an output channel: about twice as fast, by weights that no other graph shares. On x86 CPUs
+    without VNNI sums of two such products are cut off at 16 bits, and large ones come out wrong.
+    """
+
+    target: Target
+    precision: Precision
+    quantisation: Quantisation
+    fast: bool = False
+
+    def precision_of(self, sources: Iterable[str], tied: bool = False) -> Precision:
+        """What a weight made of these tensors of the checkpoint is stored in.
+
+        A pattern (as of `fnmatch`) names whole dotted parts anywhere in a name: `lm_head`, `down_proj`,
+        `layers.0`, `layers.[0-3].mlp`. tied: the weight is embedding and head, and has both names. The last
+        pattern that matches a tensor decides; of tensors that are one product, the highest precision.
+        """
+        names = [(source, HEAD) if tied else (source,) for source in sources]
+        return max((self._one(aliases) for aliases in names), key=RISING.index)
+
+    def _one(self, names: Sequence[str]) -> Precision:
+        kept = [
+            precision
+            for pattern, precision in self.quantisation.keep.items()
+            if any(fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*") for name in names)
+        ]
+        return kept[-1] if kept else self.precision
+
+    def form(self, precision: Precision) -> Format:
+        positive = self.target == "portable"  # some runtimes refuse scales below zero
+        return Format(BITS[precision], self.quantisation.block_size, self.quantisation.symmetric, positive)
+
+
+def lower(model: ir.Model, recipes: Sequence[Weight], plan: Plan) -> list[Weight]:
+    """Rewrite a graph whose weights are inputs, as `take_out` left it; return the weights it reads then.
+
+    Products of a right side that a recipe makes ([K, N]), and `Gather`s of rows of such a one, are rewritten
+    where the plan stores it in few bits; all else stays. Every new value has its shape and dtype.
+    """
+    graph = model.graph
+    by_name = {recipe.name: recipe for recipe in recipes if isinstance(recipe, Recipe)}
+    sites = list(_sites(graph, by_name))
+    gathered = {matrix.recipe.sources for node, matrix in sites if node.op_type == "Gather"}
+    head = {matrix.recipe.sources for node, matrix in sites if node.op_type == "MatMul"}
+    builder = ops.Builder(graph)
+    for node, matrix in sites:
+        sources = matrix.recipe.sources
+        precision = plan.precision_of(sources, tied=sources in gathered & head)
+        if precision in BITS:
+            _replace(builder, node, Matrix(matrix.recipe, plan.form(precision)), plan)
+    _declare(model, plan)
+    return _still_read(graph, recipes, builder)
+
+
+def _sites(graph: ir.Graph, recipes: dict[str, Recipe]) -> Iterator[tuple[ir.Node, Matrix]]:
+    """Nodes that read a matrix of weights, and the matrix as [N, K]; its form is not decided yet."""
+    undecided = Format(8, 1)
+    for node in graph:
+        if node.op_type not in ("MatMul", "Gather") or len(node.inputs) < 2:
+            continue
+        product = node.op_type == "MatMul"
+        value = node.inputs[1 if product else 0]
+        recipe = recipes.get(value.name or "") if value is not None else None
+        if recipe is None or recipe.constant is not None or len(recipe.shape) != 2:
+            continue
+        if product:
+            yield node, matrix_of(recipe, undecided)
+        elif "axis" not in node.attributes or node.attributes["axis"].as_int() == 0:
+            yield node, Matrix(recipe, undecided)
+
+
+def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: Plan) -> None:
+    operand = node.inputs[0 if node.op_type == "MatMul" else 1]
+    assert operand is not None
+    shape = ops.shape_of(operand)
+    if node.op_type == "Gather":
+        gather = ops.gather_columns if plan.target == "portable" else ops.gather_table
+        result = gather(builder, operand, matrix)
+    elif plan.target == "portable":
+        result = ops.dequantised_product(builder, operand, matrix)
+    elif plan.fast and shape[-2] > 1:
+        form = Format(8, matrix.columns)
+        result = ops.int8_product(builder, operand, Matrix(matrix.recipe, form))
+    else:
+        result = ops.blocked_product(builder, operand, matrix)
+    builder.put_in_place_of(node, result)
+
+
+def _declare(model: ir.Model, plan: Plan) -> None:
+    domain, version = OPSETS[plan.target]
+    model.graph.opset_imports[domain] = max(version, model.graph.opset_imports.get(domain, 0))
+    model.ir_version = max(model.ir_version, IR_VERSION)
+
+
+def _still_read(graph: ir.Graph, recipes: Sequence[Weight], builder: ops.Builder) -> list[Weight]:
+    """The weights that nodes read, old and new; inputs that none reads are removed."""
+    unread = {value.name for value in graph.inputs if not value.uses()}
+    old = [recipe for recipe in recipes if recipe.name not in unread]
+    dropped = {recipe.name for recipe in recipes} & unread
+    for value in [value for value in graph.inputs if value.name in dropped]:
+        graph.inputs.remove(value)
+    return [*old, *builder.parts.values()]

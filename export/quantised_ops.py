@@ -1,0 +1,218 @@
+"""Nodes that read quantised weights. x is [.., K] and ids [..] of token numbers; weights are [N, K]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from export import parts
+from export.parts import Matrix, Part
+
+MICROSOFT = "com.microsoft"
+ACCURACY = 4  # MatMulNBits: activations in int8, one scale for each block of them
+TINY = 1e-30  # for the largest activation of a row of zeros: what 0 / 0 is as uint8 differs by CPU
+HALVES = 2
+Attribute = int | str | Sequence[int]
+
+
+class Builder:
+    """Adds nodes to a graph, in front of the one that they take the place of, and weights to its inputs."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.parts: dict[str, Part] = {}
+        self.quantised_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` got
+        self._graph = graph
+        self._inputs: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[object, ...], ir.Value] = {}
+        self._nodes: list[ir.Node] = []
+
+    def weight(self, part: Part | None) -> ir.Value | None:
+        """The graph input of a part; None for none."""
+        if part is None:
+            return None
+        if part.name not in self._inputs:
+            value = ir.Value(name=part.name, shape=ir.Shape(part.shape), type=ir.TensorType(part.dtype))
+            self._graph.inputs.append(value)
+            self.parts[part.name], self._inputs[part.name] = part, value
+        return self._inputs[part.name]
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        """An initializer in the graph; equal ones are one."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            value = ir.Value(
+                name=f"quantised_ops.{len(self._constants)}",
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+                const_value=ir.tensor(array),
+            )
+            self._graph.register_initializer(value)
+            self._constants[key] = value
+        return self._constants[key]
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        shape: Sequence[int],
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        domain: str = "",
+        **attributes: Attribute,
+    ) -> ir.Value:
+        """The one output of a new node. Inputs that are None at the end are left out."""
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
+        output = ir.Value(shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        attrs = ir.convenience.convert_attributes(attributes)
+        self._nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=[output]))
+        return output
+
+    def put_in_place_of(self, node: ir.Node, result: ir.Value) -> None:
+        """Insert the nodes made since the last call, with `result` where the node's output was."""
+        nodes, self._nodes = self._nodes, []
+        ir.convenience.replace_nodes_and_values(self._graph, node, [node], nodes, node.outputs, [result])
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(value.shape.numpy())
+
+
+def blocked_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
+    """x @ W.T by MatMulNBits."""
+    weights = [to.weight(part(matrix)) for part in (parts.packed, parts.scales, parts.zeros)]
+    return to.op(
+        "MatMulNBits",
+        [x, *weights],
+        (*shape_of(x)[:-1], matrix.rows),
+        domain=MICROSOFT,
+        K=matrix.columns,
+        N=matrix.rows,
+        bits=matrix.form.bits,
+        block_size=matrix.form.block,
+        accuracy_level=ACCURACY,
+    )
+
+
+def gather_table(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
+    """Rows [.., K] of W by GatherBlockQuantized, out of the bytes that `blocked_product` reads."""
+    table, scales, zeros = (to.weight(part(matrix)) for part in (parts.table, parts.scales, parts.zeros))
+    whole = matrix.blocks * matrix.form.block
+    rows = to.op(
+        "GatherBlockQuantized",
+        [table, ids, scales, zeros],
+        (*shape_of(ids), whole),
+        domain=MICROSOFT,
+        bits=matrix.form.bits,
+        block_size=matrix.form.block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if whole == matrix.columns:
+        return rows
+    bounds = [to.constant(np.array([bound])) for bound in (0, matrix.columns, len(shape_of(ids)))]
+    return to.op("Slice", [rows, *bounds], (*shape_of(ids), matrix.columns))
+
+
+def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
+    """x @ W.T with a scale for each row of x and each row of W; the form's block is a whole row of W.
+
+    The scale of a row of x is its largest magnitude / 127. Rows do not depend on each other, so that what
+    stands in the padding of a prompt changes nothing. x is quantised once for all products that read it.
+    """
+    count = math.prod(shape_of(x)[:-1])
+    if x not in to.quantised_rows:
+        to.quantised_rows[x] = _quantised_rows(to, x, count, matrix.columns)
+    codes, scale = to.quantised_rows[x]
+    weights, scales = to.weight(parts.channels(matrix)), to.weight(parts.channel_scales(matrix))
+    one, middle = to.constant(np.array(1, np.float32)), to.constant(np.array(128, np.uint8))
+    inputs = [codes, weights, one, scales, middle]
+    product = to.op("MatMulIntegerToFloat", inputs, (count, matrix.rows), domain=MICROSOFT)
+    scaled = to.op("Mul", [product, scale], (count, matrix.rows))
+    return _reshaped(to, scaled, (*shape_of(x)[:-1], matrix.rows))
+
+
+def _quantised_rows(to: Builder, x: ir.Value, count: int, columns: int) -> tuple[ir.Value, ir.Value]:
+    """x as uint8 [count, K] around 128, and the scale of each row [count, 1].
+
+    Unsigned, because products of signed activations are slow on x86.
+    """
+    flat = _reshaped(to, x, (count, columns))
+    magnitudes = to.op("Abs", [flat], (count, columns))
+    largest = to.op("ReduceMax", [magnitudes, to.constant(np.array([-1]))], (count, 1), keepdims=1)
+    above = to.op("Max", [largest, to.constant(np.array(TINY, np.float32))], (count, 1))
+    scale = to.op("Mul", [above, to.constant(np.array(1 / 127, np.float32))], (count, 1))
+    zeros = to.constant(np.full(count, 128, np.uint8))
+    inputs = [flat, _reshaped(to, scale, (count,)), zeros]
+    return to.op("QuantizeLinear", inputs, (count, columns), ir.DataType.UINT8, axis=0), scale
+
+
+def dequantised_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
+    """x @ W.T by a blocked DequantizeLinear in the layout that ONNX Runtime makes MatMulNBits of."""
+    return to.op("MatMul", [x, _dequantised(to, matrix)], (*shape_of(x)[:-1], matrix.rows))
+
+
+def gather_columns(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
+    """Rows [.., K] of W out of the bytes that `dequantised_product` reads, of which each is a column.
+
+    Columns are gathered and then dequantised; the other way round would dequantise the table at each call.
+    ONNX Runtime gathers no four-bit elements, so their bytes are gathered and the halves taken here. With an
+    odd N a column has no bytes of its own, and the whole table is dequantised.
+    """
+    shape = (*shape_of(ids), matrix.columns)
+    count = math.prod(shape_of(ids))
+    flat = _reshaped(to, ids, (count,))
+    if matrix.form.bits == 4 and matrix.rows % HALVES:
+        columns = to.op("Gather", [_dequantised(to, matrix), flat], (matrix.columns, count), axis=1)
+    else:
+        columns = _gathered_columns(to, flat, matrix, count)
+    return _reshaped(to, to.op("Transpose", [columns], (count, matrix.columns), perm=[1, 0]), shape)
+
+
+def _dequantised(to: Builder, matrix: Matrix) -> ir.Value:
+    """W.T [K, N]."""
+    weights = [to.weight(p(matrix)) for p in (parts.columns, parts.column_scales, parts.column_zeros)]
+    shape = matrix.columns, matrix.rows
+    return to.op("DequantizeLinear", weights, shape, axis=0, block_size=matrix.form.block)
+
+
+def _gathered_columns(to: Builder, ids: ir.Value, matrix: Matrix, count: int) -> ir.Value:
+    """Columns [K, count] of W.T."""
+    codes = _gathered_codes(to, ids, parts.columns(matrix), count)
+    scales = to.weight(parts.gathered(parts.column_scales(matrix)))
+    scale = to.op("Gather", [scales, ids], (matrix.blocks, count), axis=1)
+    inputs = [codes, scale]
+    if (stored := parts.column_zeros(matrix)) is not None:
+        inputs.append(_gathered_codes(to, ids, stored, count))
+    elif matrix.form.bits == 4:  # what was signed was made unsigned
+        inputs.append(to.constant(np.full((matrix.blocks, count), matrix.form.middle, np.uint8)))
+    return to.op("DequantizeLinear", inputs, (matrix.columns, count), axis=0, block_size=matrix.form.block)
+
+
+def _gathered_codes(to: Builder, ids: ir.Value, part: Part, count: int) -> ir.Value:
+    """Columns [.., count] of a part [.., N]; of four bits as uint8, those of INT4 plus 8."""
+    shape, uint8, stored = (part.shape[0], count), ir.DataType.UINT8, to.weight(parts.gathered(part))
+    if part.dtype.bitwidth == 8:
+        return to.op("Gather", [stored, ids], shape, part.dtype, axis=1)
+    half = to.constant(np.array(HALVES))
+    place = to.op("Div", [ids, half], (count,), ir.DataType.INT64)
+    which = to.op("Mod", [ids, half], (count,), ir.DataType.INT64)
+    bits = to.op("Mul", [which, to.constant(np.array(4))], (count,), ir.DataType.INT64)
+    shift = to.op("Cast", [bits], (count,), uint8, to=int(uint8))
+    both = to.op("Gather", [stored, place], shape, uint8, axis=1)
+    shifted = to.op("BitShift", [both, shift], shape, uint8, direction="RIGHT")
+    codes = to.op("BitwiseAnd", [shifted, to.constant(np.array(15, np.uint8))], shape, uint8)
+    if part.dtype == ir.DataType.UINT4:
+        return codes
+    return to.op("BitwiseXor", [codes, to.constant(np.array(8, np.uint8))], shape, uint8)
+
+
+def _reshaped(to: Builder, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    if shape_of(value) == shape:
+        return value
+    dtype = value.dtype
+    assert dtype is not None
+    return to.op("Reshape", [value, to.constant(np.array(shape))], shape, dtype)

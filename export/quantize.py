@@ -1,0 +1,170 @@
+"""Numbers of few bits for a matrix: blocks along each row share a scale, and a zero point.
+
+A weight is (code - zero) * scale. Nearest rounding takes the scale from a block's largest weight; here
+several scales are tried for each block, each is fitted to its codes by least squares, and the one with the
+smallest squared error wins. Shapes: N rows (outputs of a product), K columns (its inputs), L blocks of a row.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from runtime.errors import StillgraphError
+
+STAGE = "quantise"
+Bits = Literal[4, 8]
+CHUNK = 1 << 18  # weights worked on at once: three buffers of them stay in the cache of a core
+TINY = 1e-30  # a block whose largest weight is below is all zeros
+# Scales tried, relative to the one at which no weight is clipped. Clipping its largest weight makes the rest
+# of a block finer, which pays off often with 4 bits, hardly ever with 8: there it is a search for luck.
+FACTORS: dict[Bits, tuple[float, ...]] = {
+    4: (1.0, 0.68, 0.74, 0.8, 0.86, 0.92, 0.96, 1.08),
+    8: (1.0, 0.9, 0.924, 0.948, 0.972, 1.02),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is stored: bits of a code, weights of a block. symmetric: zero points are in the middle.
+
+    positive: no scale is below zero. A negative scale gives the one code more of the negative side to the
+    side where a block's largest weight is; some runtimes refuse it.
+    """
+
+    bits: Bits
+    block: int
+    symmetric: bool = True
+    positive: bool = False
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric format, in codes."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The smallest and the largest code, less the middle."""
+        return -self.middle, self.middle - 1
+
+    def blocks(self, columns: int) -> int:
+        return -(-columns // self.block)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix of N rows and `columns` columns. Codes are unsigned; behind the last column they mean zero."""
+
+    form: Format
+    columns: int
+    codes: Tensor  # uint8 [N, L * block]
+    scales: Tensor  # fp32 [N, L]
+    zeros: Tensor | None  # uint8 [N, L], None where symmetric
+
+    def dequantise(self) -> Tensor:
+        """fp32 [N, columns]: exactly what every op that reads the parts has for its weights."""
+        rows, blocks = self.scales.shape
+        zeros = self.form.middle if self.zeros is None else self.zeros.float().unsqueeze(-1)
+        levels = self.codes.view(rows, blocks, self.form.block).float() - zeros
+        return (levels * self.scales.unsqueeze(-1)).view(rows, -1)[:, : self.columns]
+
+
+def quantise(matrix: Tensor, form: Format) -> Quantised:
+    """Codes of a matrix [N, K] of any float dtype, whose values as fp32 are meant.
+
+    Peak memory beside the result is a few times `CHUNK` weights, or rows. Raises StillgraphError for values
+    that are not finite.
+    """
+    rows, columns = matrix.shape
+    blocks = form.blocks(columns)
+    codes = torch.empty(rows, blocks * form.block, dtype=torch.uint8)
+    scales = torch.empty(rows, blocks)
+    zeros = None if form.symmetric else torch.empty(rows, blocks, dtype=torch.uint8)
+    result = Quantised(form, columns, codes, scales, zeros)
+    step = max(1, CHUNK // codes.shape[1])
+    parts = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+    # One thread a chunk: torch's own would meet after every pass over a chunk, and wait for the slowest.
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(lambda part: _fill(result, matrix, part), parts))
+    torch.set_num_threads(threads)  # what the threads set is the default of threads to come
+    if not bool(torch.isfinite(scales).all()):
+        raise StillgraphError(STAGE, "a weight is infinite or not a number", "mend the checkpoint")
+    return result
+
+
+def _fill(result: Quantised, matrix: Tensor, part: slice) -> None:
+    form, blocks = result.form, result.scales.shape[1]
+    weights = torch.zeros(part.stop - part.start, blocks * form.block)
+    weights[:, : result.columns] = matrix[part]
+    levels, scale, zero = _best(weights.view(-1, blocks, form.block), form)
+    levels += zero + form.middle
+    result.codes[part] = levels.view(weights.shape).to(torch.uint8)
+    result.scales[part] = scale.squeeze(-1)
+    if result.zeros is not None and isinstance(zero, Tensor):
+        result.zeros[part] = (zero + form.middle).to(torch.uint8).squeeze(-1)
+
+
+def _best(weights: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Levels (codes less zero point), scale [.., 1] and zero point (less the middle) of blocks [.., block].
+
+    With the scale fitted, a block's squared error is sum(w * w) - sum(w * l)**2 / sum(l * l): the gain, the
+    second term, is all that needs comparing.
+    """
+    bounds = torch.aminmax(weights, dim=-1, keepdim=True)
+    levels, product = torch.empty_like(weights), torch.empty_like(weights)
+    best: tuple[Tensor, ...] | None = None
+    for factor in FACTORS[form.bits]:
+        scale, zero = _candidate(*bounds, factor, form)
+        fitted, gain = _fit(weights, _round(weights, scale, zero, form, levels), product)
+        # A tensor even where it is always 0, so that one line below chooses among all that a candidate has.
+        found = gain, fitted, torch.as_tensor(zero)
+        if best is None:
+            best = found
+        else:
+            better = gain > best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+    assert best is not None
+    _, scale, chosen = best
+    zero = 0.0 if form.symmetric else chosen
+    scale, _ = _fit(weights, _round(weights, scale, zero, form, levels), product)
+    return levels, torch.where(scale == 0, 1.0, scale), zero
+
+
+def _candidate(low: Tensor, high: Tensor, factor: float, form: Format) -> tuple[Tensor, Tensor | float]:
+    """Scale and zero point for blocks from `low` to `high`, `factor` times as coarse as without clipping."""
+    least, most = form.span
+    if form.symmetric:
+        if form.positive:
+            scale = torch.maximum(low / least, high / most)
+        else:  # the larger side gets the side with one code more, by the sign of the scale
+            scale = torch.where(-low >= high, low, high) / least
+        return _not_tiny(scale) * factor, 0.0
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _not_tiny((high - low) / (most - least)) * factor
+    middle = (most + least) / 2 - (low + high) / 2 / scale
+    return scale, middle.round_().clamp_(least, most)
+
+
+def _not_tiny(scale: Tensor) -> Tensor:
+    return torch.where(scale.abs() < TINY, 1.0, scale)
+
+
+def _round(weights: Tensor, scale: Tensor, zero: Tensor | float, form: Format, out: Tensor) -> Tensor:
+    """Nearest levels of weights, in `out`; a scale of 0 gives levels of 0."""
+    least, most = form.span
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    if isinstance(zero, Tensor):
+        return torch.addcmul(zero, weights, inverse, out=out).round_().clamp_(least, most).sub_(zero)
+    return torch.mul(weights, inverse, out=out).round_().clamp_(least, most)
+
+
+def _fit(weights: Tensor, levels: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale with the least squared error for given levels, and its gain."""
+    dot = torch.mul(weights, levels, out=product).sum(-1, keepdim=True)
+    square = torch.mul(levels, levels, out=product).sum(-1, keepdim=True).clamp_(min=1)  # levels are whole
+    return dot / square, dot * dot / square

@@ -1,0 +1,30 @@
+"""The gated MLP with one product for gate and up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from patches.patch import Patch
+
+
+def forward(self: Any, x: Tensor) -> Tensor:
+    """`Gemma3MLP.forward`; the concatenation is of weights alone, done once when they are written."""
+    weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])
+    gate, up = functional.linear(x, weight).chunk(2, dim=-1)
+    down: Tensor = self.down_proj(self.act_fn(gate) * up)
+    return down
+
+
+FUSED_MLP = Patch(
+    name="fused_mlp",
+    target="transformers.models.gemma3.modeling_gemma3:Gemma3MLP.forward",
+    signature=("self", "x"),
+    replacement=forward,
+    reason="one product quantises its input once and splits its rows over the cores once",
+    upstream="https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3/modeling_gemma3.py",
+    remove_when="transformers fuses gate and up itself",
+)

@@ -1,0 +1,206 @@
+"""A compiled folder, `BUNDLE/compiled/<cpu>/`: what it holds, and whether it fits this machine and bundle.
+
+It holds what a session would otherwise make at every start: each graph as ONNX Runtime optimised it and,
+where weights are packed for the CPU, one file of packed weights that every graph maps. `stillgraph compile`
+writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnxruntime as ort
+from pydantic import ValidationError
+
+from runtime.manifest import File, GraphEntry, Manifest, sha256
+from runtime.spec import Frozen
+
+COMPILED = "compiled"
+DESCRIPTION = "compiled.json"
+FORMAT_VERSION: Literal[1] = 1
+CPUINFO = Path("/proc/cpuinfo")
+# What the name shows of a CPU, best first: the flag of /proc/cpuinfo (x86 or Arm) and its word in the name.
+LEVELS = {"amx_int8": "amx", "avx512f": "avx512", "avx2": "avx2", "i8mm": "i8mm", "asimddp": "dotprod"}
+AGAIN = "run 'stillgraph compile' to make it again"
+
+
+class CompiledGraph(Frozen):
+    """One graph: the bundle's file that it was made from, its own file, and the largest relative difference
+    between the outputs of the two that was seen."""
+
+    source: File
+    file: File
+    worst_difference: float
+
+
+class Compiled(Frozen):
+    """`compiled.json`. Paths are relative to the bundle, as are those inside the graphs.
+
+    cpu, onnxruntime: what it is for. packed: whether weights are packed; else the graphs read `weights`, the
+    bundle's own file, as it is. data: the file of packed weights; None where nothing had to go into it.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    cpu: str
+    onnxruntime: str
+    packed: bool
+    weights: File
+    graphs: tuple[CompiledGraph, ...]
+    data: File | None
+
+    def graph(self, entry: GraphEntry) -> CompiledGraph | None:
+        """What was made of a graph of the bundle, or None."""
+        return next((graph for graph in self.graphs if graph.source == entry.file), None)
+
+    def files(self) -> list[File]:
+        return [*(graph.file for graph in self.graphs), *([self.data] if self.data else [])]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A bundle's compiled folder for this machine. reason: why one that is there is not used, in a sentence;
+    None where it is used, and where there is none."""
+
+    compiled: Compiled | None
+    reason: str | None = None
+
+
+def find(bundle: Path, manifest: Manifest, hashes: bool = False) -> Found:
+    """The compiled folder that fits this CPU, this ONNX Runtime and these files of the bundle.
+
+    Sizes are checked always, hashes of the compiled files on request. Never raises for what it finds.
+    """
+    cpu = cpu_name()
+    folder = bundle / COMPILED / cpu
+    if not folder.is_dir():
+        others = [path.name for path in _folders(bundle / COMPILED)]
+        if not others:
+            return Found(None)
+        why = f"it is for another CPU, and this one is {cpu}; run 'stillgraph compile' on this machine"
+        return Found(None, f"{bundle / COMPILED / others[0]} is not used: {why}.")
+    try:
+        compiled = read(folder)
+        problem = _misfit(compiled, manifest, cpu) or _damage(bundle, compiled, hashes)
+    except (OSError, ValueError) as error:  # a ValidationError and a JSONDecodeError are ValueErrors
+        problem = f"its {DESCRIPTION} cannot be read ({_brief(error)})"
+    if problem:
+        return Found(None, f"{folder} is not used: {problem}; {AGAIN}.")
+    return Found(compiled)
+
+
+def read(folder: Path) -> Compiled:
+    """The description in a compiled folder. Raises OSError or ValueError."""
+    raw = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format version {version!r} where this stillgraph understands {FORMAT_VERSION}")
+    return Compiled.model_validate_json(json.dumps(raw))
+
+
+def set_options(options: ort.SessionOptions, bundle: Path, packed: bool) -> None:
+    """Make the options of a plain graph's session those of a compiled one, whose paths start at the bundle.
+
+    Nothing is left to optimise. Packed weights are found only by a session that packs: ONNX Runtime packs
+    each weight again, compares, drops its own copy and reads the mapped one. So every page of them is mapped
+    after a load, and of `weights` nothing needs to be but where weights are not packed.
+    """
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # ONNX Runtime takes no path that leaves this folder, so it cannot be the compiled one.
+    _set(options, "session.model_external_initializers_file_folder_path", str(bundle))
+    _set(options, "session.disable_prepacking", "0" if packed else "1")
+
+
+def _set(options: ort.SessionOptions, key: str, value: str) -> None:
+    """Set an entry unless it is so already: ONNX Runtime warns of every entry that is set twice."""
+    try:
+        if options.get_session_config_entry(key) == value:
+            return
+    except RuntimeError:  # not set
+        if value == "0":
+            return
+    options.add_session_config_entry(key, value)
+
+
+def cpu_name() -> str:
+    """This CPU as a folder's name, such as `amd-epyc-avx512-0123abcd`: what packed weights depend on."""
+    try:
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        text = ""
+    return describe_cpu(text, platform.machine())
+
+
+def describe_cpu(cpuinfo: str, machine: str) -> str:
+    """The name from the text of /proc/cpuinfo, may be empty, and the machine's architecture.
+
+    Its last part hashes the instruction sets: ONNX Runtime chooses its kernels, and with them the layout of
+    packed weights, by these.
+    """
+    fields = dict(_fields(cpuinfo))
+    flags = sorted(set((fields.get("flags") or fields.get("Features") or "").split()))
+    model = fields.get("model name", "").lower()
+    level = next((word for flag, word in LEVELS.items() if flag in flags), "")
+    slug = re.sub("[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*|\bcpu\b|\d+-core|\bprocessor\b", "", model)).strip(
+        "-"
+    )
+    digest = hashlib.sha256(" ".join([machine, *flags]).encode()).hexdigest()[:8]
+    return "-".join(part for part in (slug[:32].strip("-") or machine.lower(), level, digest) if part)
+
+
+def _fields(cpuinfo: str) -> Iterator[tuple[str, str]]:
+    """The fields of the first processor."""
+    for line in cpuinfo.partition("\n\n")[0].splitlines():
+        name, _, value = line.partition(":")
+        yield name.strip(), value.strip()
+
+
+def _folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if (path / DESCRIPTION).is_file())
+
+
+def _misfit(compiled: Compiled, manifest: Manifest, cpu: str) -> str | None:
+    """Why a folder is not for this machine and bundle, or None."""
+    if compiled.cpu != cpu:
+        return f"it was made on {compiled.cpu} and this is {cpu}"
+    if compiled.onnxruntime != ort.__version__:
+        return f"it was made by onnxruntime {compiled.onnxruntime} and this is {ort.__version__}"
+    if compiled.weights != manifest.weights.file:
+        return "the bundle's weights have changed since"
+    missing = [name for name, entry in manifest.graphs.items() if compiled.graph(entry) is None]
+    return f"graph {missing[0]} was added or changed since" if missing else None
+
+
+def _damage(bundle: Path, compiled: Compiled, hashes: bool) -> str | None:
+    """What is wrong with the files, or None."""
+    for file in compiled.files():
+        path = bundle / file.path
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not path.resolve().is_relative_to(bundle.resolve()):
+            return f"{path.name} leaves the bundle"
+        if (size := path.stat().st_size) != file.nbytes:
+            return f"{path.name} has {size} bytes where {DESCRIPTION} says {file.nbytes}"
+        if hashes and sha256(path) != file.sha256:
+            return f"{path.name} does not have the hash in {DESCRIPTION}"
+    return None
+
+
+def _brief(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())

@@ -1,0 +1,62 @@
+"""A chat whose ids are only appended to, so that each turn computes its new tokens and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.chat import Message
+from runtime.engine import Engine, Step
+
+
+class Conversation:
+    """Messages, and the ids that the model has seen of them.
+
+    The whole chat, rendered and encoded again, is not the ids that the model made: a text has more than one
+    encoding, and templates trim. What was prompted and answered therefore stays as ids, and only the text
+    that the template puts behind an answer is encoded.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.messages: list[Message] = []
+        self._text = ""  # the chat as rendered for the last answer
+        self._answer = ""
+        self._ids: list[int] = []  # of `_text` and the answer
+
+    def ids(self, question: str) -> list[int]:
+        """The ids of the chat with a question, ready for the answer. Raises StillgraphError."""
+        text = self.engine.chat_text([*self.messages, _user(question)])
+        behind = self._behind_answer(text)
+        if behind is None:
+            return self.engine.encode_chat(text)
+        return self._ids + self.engine.encode_chat(behind)
+
+    def add(self, question: str, ids: Sequence[int], steps: Sequence[Step]) -> None:
+        """Take in an answer: the question, the ids that were prompted, and the steps that came."""
+        answer = "".join(step.text for step in steps)
+        self._text = self.engine.chat_text([*self.messages, _user(question)])
+        self._answer = answer
+        self.messages += [_user(question), {"role": "assistant", "content": answer}]
+        # The stop token ended the answer; the template writes it. A stop string is in no text and stays out.
+        tokens = [step.token for step in steps]
+        tokens = tokens[:-1] if tokens[-1] in self.engine.manifest.tokens.stop else tokens
+        whole = self.engine.decode(tokens) == answer
+        self._ids = [*ids, *tokens] if whole else []
+
+    def _behind_answer(self, text: str) -> str | None:
+        """What a rendered chat has behind the last answer; None where it is not the same chat up to there."""
+        if not self._ids or not text.startswith(self._text):
+            return None
+        rest = text[len(self._text) :]
+        for answer in (self._answer, self._answer.strip()):  # templates trim
+            if rest.startswith(answer):
+                return rest[len(answer) :]
+        return None
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}

@@ -1,0 +1,88 @@
+"""Open a bundle: check it, choose its plain or its compiled graphs, and load what memory may hold."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from runtime.compiled import Compiled, find, set_options
+from runtime.engine import Engine
+from runtime.errors import StillgraphError
+from runtime.graphpair import GraphPair, Load
+from runtime.manifest import GraphEntry, Manifest, check_files, read
+from runtime.session import Session, available_cores, mappings, populate, session_options
+from runtime.text import Text
+
+log = logging.getLogger("stillgraph")
+
+
+def load(
+    bundle: str | Path,
+    *,
+    unload_prefill: bool | None = None,
+    threads: int | None = None,
+    check_hashes: bool = False,
+) -> Engine:
+    """Load a bundle, ready for a prompt. Raises StillgraphError.
+
+    unload_prefill: hold one graph at a time in memory; None asks the environment for
+    UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
+    file and compare its hash with the manifest's.
+
+    What 'stillgraph compile' made for this machine is used where it fits; where it does not, a warning says
+    why, and the bundle's own graphs serve.
+    """
+    began = time.perf_counter()
+    folder = Path(bundle)
+    manifest = read(folder)
+    check_files(folder, manifest, hashes=check_hashes)
+    prefill, decode = _entry(folder, manifest, "prefill"), _entry(folder, manifest, "decode")
+    if prefill.shape.ctx not in (None, decode.shape.ctx):
+        problem = f"{folder} has a prefill of ctx {prefill.shape.ctx} and a decode of ctx {decode.shape.ctx}"
+        raise StillgraphError("load bundle", problem, "export both with one --ctx")
+    if prefill.shape.batch != decode.shape.batch:
+        problem = f"{folder} has a prefill of {prefill.shape.batch} rows and a decode of {decode.shape.batch}"
+        raise StillgraphError("load bundle", problem, "export both with one --batch")
+    one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
+    text = Text(folder, manifest.tokens.bos) if (folder / "tokenizer.json").is_file() else None
+    found = find(folder, manifest, hashes=check_hashes)
+    if found.reason:
+        log.warning(found.reason)
+    open_graph = _loader(folder, manifest, found.compiled, threads, one)
+    graphs = GraphPair(prefill, decode, manifest.model.layers, open_graph, one)
+    graphs.load_seconds = time.perf_counter() - began
+    return Engine(manifest, graphs, text, folder)
+
+
+def _loader(
+    folder: Path, manifest: Manifest, compiled: Compiled | None, threads: int | None, one_at_a_time: bool
+) -> Load:
+    if threads is not None and threads < 1:
+        raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
+    count = threads or available_cores()
+    weights = folder / manifest.weights.file.path
+    pack = compiled.packed if compiled else manifest.precision != "fp32"
+
+    def open_graph(entry: GraphEntry) -> Session:
+        options = session_options(entry, pack, count, one_at_a_time)
+        file = entry.file
+        if compiled and (made := compiled.graph(entry)):
+            set_options(options, folder, compiled.packed)
+            file = made.file
+        former = mappings(weights)  # of the other graph, populated when that was loaded
+        session = Session(folder / file.path, entry, options)
+        if not pack:  # else there are copies, or packing has read every page
+            populate(mappings(weights) - former)
+        return session
+
+    return open_graph
+
+
+def _entry(folder: Path, manifest: Manifest, role: str) -> GraphEntry:
+    entry = manifest.graph(role)
+    if entry is None:
+        remedy = f"add one with 'stillgraph export {role}' into the same --out"
+        raise StillgraphError("load bundle", f"{folder} has no {role} graph", remedy)
+    return entry

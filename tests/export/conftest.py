@@ -1,0 +1,179 @@
+"""The truth of a tiny checkpoint, and a bundle's files run against it in ONNX Runtime.
+
+Every call is made twice, with different junk in the cache slots and input slots that must not be read: both
+calls must agree to the bit. Shapes: B rows, N tokens, S token slots, C cache slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from transformers import DynamicCache, Gemma3ForCausalLM
+
+from export.session import run
+from runtime.manifest import GraphEntry, read
+
+FP32 = 1e-5  # sums in another order: some units of 2^-24 a layer, far below what a wrong mask or slot gives
+FP16 = 2e-2  # each matrix and each product's input rounded to 2^-11; errors of all layers together
+POISON = (1e4, -3e4)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What transformers computes for ids [B, N]: logits [B, N, V]; keys and values [B, KV, N, D]."""
+
+    ids: np.ndarray
+    logits: np.ndarray
+    cache: list[np.ndarray]  # layer 0 keys, layer 0 values, layer 1 keys, ...
+
+
+@cache
+@torch.no_grad()
+def truth_of(checkpoint: str, rows: int, count: int = 40) -> Truth:
+    """Logits of one token at a time over a growing cache with real sliding layers; keys of a whole pass."""
+    model = Gemma3ForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.from_numpy(np.random.default_rng(3).integers(0, model.config.vocab_size, (rows, count)))
+    growing, whole = DynamicCache(config=model.config), DynamicCache()
+    logits = [model(ids[:, i : i + 1], past_key_values=growing).logits for i in range(count)]
+    model(ids, past_key_values=whole)
+    tensors = [tensor.numpy() for layer in whole.layers for tensor in (layer.keys, layer.values)]
+    return Truth(ids.numpy(), torch.cat(logits, 1).numpy(), tensors)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    assert np.isfinite(found).all()
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+class Replay:
+    """One bundle run over the truth's ids, every call checked. `cache` holds what the graphs returned."""
+
+    def __init__(self, bundle: Path, optimised: bool) -> None:
+        self.bundle, self.optimised, self.manifest = bundle, optimised, read(bundle)
+        self.shape = self.entry("decode").shape
+        self.rows, self.ctx = np.arange(self.shape.batch), self.shape.limit
+        self.truth = truth_of(self.manifest.source.id, len(self.rows), self.ctx)
+        self.bound = FP16 if self.manifest.precision == "fp16" else FP32
+        self.sessions: dict[str, ort.InferenceSession] = {}
+        self.top1: list[bool] = []
+        spec = self.manifest.model
+        self.layers = [layer for layer in spec.layers for _ in ("key", "value")]
+        shapes = [
+            (len(self.rows), spec.num_key_value_heads, self.shape.capacity(layer), spec.head_dim)
+            for layer in self.layers
+        ]
+        self.cache = [np.zeros(shape, np.float32) for shape in shapes]
+        self.lengths = np.zeros(len(self.rows), np.int64)
+
+    def entry(self, role: str) -> GraphEntry:
+        entry = self.manifest.graph(role)
+        assert entry is not None
+        return entry
+
+    def session(self, role: str) -> ort.InferenceSession:
+        if role not in self.sessions:
+            options = ort.SessionOptions()
+            if not self.optimised:
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            path = self.bundle / self.entry(role).file.path
+            self.sessions[role] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return self.sessions[role]
+
+    def prefill(self, lengths: np.ndarray) -> None:
+        """A prompt in chunks that all rows end with; a row too short for that waits at its first slot."""
+        slots = self.entry("prefill").shape.slots
+        done = np.zeros_like(lengths)
+        for left in range(-(-int(lengths.max()) // slots), 0, -1):
+            waits = lengths - done < left
+            count = np.where(waits, 1, np.minimum(slots, lengths - done - left + 1))
+            self.call("prefill", done, count)
+            done = np.where(waits, done, done + count)
+
+    def decode(self) -> None:
+        self.call("decode", self.lengths, np.ones_like(self.lengths))
+
+    def call(self, role: str, past: np.ndarray, count: np.ndarray) -> None:
+        entry, session = self.entry(role), self.session(role)
+        takes_cache, slots = entry.shape.ctx is not None, entry.shape.slots
+        results = []
+        for poison, padding in zip(POISON, (0, 271), strict=True):
+            ids = np.full((len(self.rows), slots), padding, np.int64)
+            for row in self.rows:
+                ids[row, : count[row]] = self.truth.ids[row, past[row] : past[row] + count[row]]
+            feeds: dict[str, np.ndarray] = {"input_ids": ids}
+            if role == "prefill":
+                feeds["prompt_length"] = count
+            if takes_cache:
+                poisoned = list(self.poisoned(self.cache, past, poison))
+                names = [alias.input for alias in entry.aliases]
+                copies = (buffer.copy() for buffer in poisoned)  # the call may write into what it is fed
+                feeds |= {"past_length": past, **dict(zip(names, copies, strict=True))}
+            logits, *present = run(session, feeds, entry.aliases)
+            if takes_cache:
+                self.assert_slots_untouched(poisoned, present, past, count)
+            results.append((logits, list(self.poisoned(present, past + count, 0.0))))
+        np.testing.assert_array_equal(results[0][0], results[1][0], "junk reached the logits")
+        for first, second in zip(results[0][1], results[1][1], strict=True):
+            np.testing.assert_array_equal(first, second, "junk reached the cache")
+        self.lengths = past + count
+        self.compare(*results[0])
+        for buffer, block in zip(self.cache, results[0][1], strict=True):
+            buffer[:, :, : block.shape[2]] = block
+
+    def first(self, index: int, length: int) -> int:
+        """The position in slot 0 of a buffer after `length` tokens of its row."""
+        return self.shape.first_position(self.layers[index], int(length))
+
+    def poisoned(self, cache: list[np.ndarray], lengths: np.ndarray, poison: float) -> Iterator[np.ndarray]:
+        """Copies with `poison` in every slot that holds none of its row's tokens."""
+        for index, buffer in enumerate(cache):
+            copy = buffer.copy()
+            for row, length in enumerate(lengths):
+                copy[row, :, length - self.first(index, length) :] = poison
+            yield copy
+
+    def assert_slots_untouched(
+        self, fed: list[np.ndarray], present: list[np.ndarray], past: np.ndarray, count: np.ndarray
+    ) -> None:
+        """Only the slots of this call's valid tokens may differ from what was fed.
+
+        GroupQueryAttention may write the padding behind them, and moves what a sliding layer holds.
+        """
+        for layer, before, after in zip(self.layers, fed, present, strict=True):
+            if self.shape.evicts(layer):
+                continue
+            for row in self.rows:
+                behind = past[row] + count[row] if self.shape.slack is None else before.shape[2]
+                for kept in (slice(None, past[row]), slice(behind, None)):
+                    np.testing.assert_array_equal(before[row, :, kept], after[row, :, kept])
+
+    def compare(self, logits: np.ndarray, present: list[np.ndarray]) -> None:
+        for row, length in enumerate(self.lengths):
+            expected, where = self.truth.logits[row, length - 1], f"row {row}, length {length}"
+            assert relative_error(logits[row, 0], expected) <= self.bound, where
+            self.top1.append(bool(logits[row, 0].argmax() == expected.argmax()))
+            for index, (block, true) in enumerate(zip(present, self.truth.cache, strict=True)):
+                first = self.first(index, length)
+                error = relative_error(block[row, :, : length - first], true[row, :, first:length])
+                assert error <= self.bound, f"{where}, layer {index // 2}"
+
+
+@pytest.fixture(scope="session")
+def truth() -> Callable[..., Truth]:
+    """`truth(checkpoint, rows, count=40)`: what transformers computes for random ids."""
+    return truth_of
+
+
+@pytest.fixture(scope="session")
+def replay_of() -> type[Replay]:
+    """`replay_of(bundle, optimised)`: a bundle over the truth's ids."""
+    return Replay

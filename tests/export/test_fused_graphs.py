@@ -1,0 +1,102 @@
+"""The nodes of the onnxruntime target's graphs, and their shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from export.simplify import static_problem
+from export.validate import validate
+from runtime.manifest import read
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+ORT: dict[str, Any] = {"target": "onnxruntime"}
+FIVE: dict[str, Any] = {"num_hidden_layers": 5, "layer_types": [SLIDING, FULL, *[SLIDING] * 3]}
+NO_SLACK: dict[str, Any] = {"slack": 0, "shapes": [("prefill", 1, 40), ("decode", 1, 40)], "head_dim": 16}
+NODES_A_LAYER = 17
+MOVING = {"Transpose", "Reshape", "Concat", "Gather", "Where", "Expand", "ScatterND", "Cast", "Slice"}
+Bundle = Callable[..., Path]
+
+
+def graphs_of(bundle: Path) -> dict[str, onnx.GraphProto]:
+    return {
+        graph.shape.role: onnx.load(bundle / graph.file.path, load_external_data=False).graph
+        for graph in read(bundle).graphs.values()
+    }
+
+
+@pytest.fixture
+def five(tiny_bundle: Bundle) -> Path:
+    """Five layers with heads of 24, whose RoPE is outside the op: a layer has all nodes that there are."""
+    return tiny_bundle(**FIVE, **ORT)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_one_op_a_layer_owns_the_cache(five: Path, role: str) -> None:
+    """No other node reads or writes a key or value buffer: none is transposed, reshaped or copied."""
+    graph = graphs_of(five)[role]
+    owners = [
+        node for node in graph.node for name in (*node.input, *node.output)
+        if name.startswith(("past_key_values.", "present."))
+    ]  # fmt: skip
+    assert {node.op_type for node in owners} == {"GroupQueryAttention"}
+    assert Counter(node.op_type for node in graph.node)["GroupQueryAttention"] == 5
+    assert len(owners) == 5 * 4
+    for index, node in enumerate(n for n in graph.node if n.op_type == "GroupQueryAttention"):
+        assert list(node.input[3:5]) == [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
+        assert list(node.output[1:]) == [f"present.{index}.{kind}" for kind in ("key", "value")]
+        values = {attribute.name: attribute.i for attribute in node.attribute}
+        window = 5 if index != 1 else -1
+        assert (values["local_window_size"], values["sliding_window_cache"]) == (window, int(index != 1))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_every_shape_is_a_number_and_every_buffer_its_layers(five: Path, role: str) -> None:
+    manifest, graph = read(five), graphs_of(five)[role]
+    known = {value.name for value in (*graph.output, *graph.value_info)}
+    assert [name for node in graph.node for name in node.output if name and name not in known] == []
+    assert static_problem(graph) is None
+    shapes = {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in graph.input
+    }
+    for index in range(5):
+        slots = 40 + 15 if index == 1 else 5 + 15  # ctx, or the window, and the slack
+        for kind in ("key", "value"):
+            assert shapes[f"past_key_values.{index}.{kind}"] == (1, 2, slots, 24)
+    entry = manifest.graph(role)
+    assert entry is not None
+    assert entry.shape.slack == 15
+    assert {alias.same_buffer for alias in entry.aliases} == {True}
+    assert [(alias.input, alias.output) for alias in entry.aliases] == [
+        (f"past_key_values.{index}.{kind}", f"present.{index}.{kind}")
+        for index in range(5)
+        for kind in ("key", "value")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "most"), [(FIVE, NODES_A_LAYER + 2), (NO_SLACK, NODES_A_LAYER)])
+def test_a_decode_has_few_nodes_and_none_that_moves_data(
+    tiny_bundle: Bundle, values: dict[str, Any], most: int
+) -> None:
+    """From one attention to the next is a layer. RoPE before the op, for heads of 24, is 2 nodes more."""
+    ops = [node.op_type for node in graphs_of(tiny_bundle(**values, **ORT))["decode"].node]
+    attends = [index for index, op in enumerate(ops) if op == "GroupQueryAttention"]
+    assert len(attends) == len(values.get("layer_types", (SLIDING, FULL)))
+    for start, end in pairwise(attends):
+        found = Counter(ops[start:end])
+        assert end - start <= most, found
+        assert found["MatMul"] == 4, found  # q,k,v in one; o; gate,up in one; down
+        assert MOVING & set(found) == set(), found
+    assert len(ops) - len(attends) * most <= 20  # what there is once: embedding, lengths, positions, head
+
+
+def test_validation_passes_and_walks_to_the_last_slot(five: Path) -> None:
+    parity = validate(five, depth="quick", say=lambda line: None)
+    assert parity.passed
+    assert max(c.position for case in parity.cases for c in case.comparisons) == 39

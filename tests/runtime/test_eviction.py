@@ -1,0 +1,300 @@
+"""The loop over caches whose sliding layers move their window on, with a numpy model of the op.
+
+Each layer's output of a token is sum((slot + 1) * input) mod V over the slots that it sees, and is the next
+layer's input; the last layer's output is the next token. So one wrong key anywhere is a wrong token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.engine import Engine
+from runtime.graphpair import GraphPair
+from runtime.manifest import Alias, File, GraphEntry, Manifest, Tokens
+from runtime.spec import (
+    GraphShape,
+    LayerSpec,
+    ModelSpec,
+    input_ports,
+    output_ports,
+    past_names,
+    present_names,
+)
+
+V = 101
+
+
+def layers_of(*windows: int | None) -> tuple[LayerSpec, ...]:
+    return tuple(
+        LayerSpec(kind="full_attention") if w is None else LayerSpec(kind="sliding_attention", window=w)
+        for w in windows
+    )
+
+
+def mixed(inputs: np.ndarray, first: int, position: int, window: int | None) -> int:
+    """A layer's output at `position`, of inputs whose first is at position `first`."""
+    start = 0 if window is None else max(0, position - window + 1)
+    seen = inputs[start - first : position - first + 1]
+    assert start >= first, "a key is needed that has left"
+    return int(seen @ np.arange(start + 1, position + 2)) % V
+
+
+def greedy(ids: Sequence[int], count: int, windows: Sequence[int | None]) -> list[int]:
+    """The next `count` tokens, from growing lists: the truth."""
+    known: list[list[int]] = [[] for _ in windows]
+    tokens, ids = [], list(ids)
+    for position in range(len(ids) + count - 1):
+        value = ids[position] if position < len(ids) else tokens[-1]
+        for inputs, window in zip(known, windows, strict=True):
+            inputs.append(value)
+            start = 0 if window is None else max(0, position - window + 1)
+            value = mixed(np.array(inputs[start:]), start, position, window)
+        if position >= len(ids) - 1:
+            tokens.append(value)
+    return tokens
+
+
+def first_held(capacity: int, window: int | None, length: int) -> int:
+    """The op's rule, a token at a time: a full buffer keeps its last window - 1 tokens, at its front."""
+    held = 0
+    for _ in range(length):
+        held = (held if held < capacity or window is None else window - 1) + 1
+    return length - held
+
+
+class Op:
+    """A graph in numpy: `sliding_window_cache`, in place, junk behind the last valid token of a chunk."""
+
+    def __init__(self, shape: GraphShape, layers: Sequence[LayerSpec], calls: list[Any]) -> None:
+        self.shape, self.layers, self.calls = shape, layers, calls
+
+    def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
+        for index in range(len(self.layers)):
+            for past, present in zip(past_names(index), present_names(index), strict=True):
+                assert arrays[past] is arrays[present], "the op works in place"
+        return lambda: self.run(arrays)
+
+    def run(self, arrays: Mapping[str, np.ndarray]) -> None:
+        ones = np.ones(self.shape.batch, np.int64)
+        past, new = arrays["past_length"], arrays.get("prompt_length", ones)
+        self.calls.append((self.shape.role, past.tolist(), new.tolist()))
+        for row in range(self.shape.batch):
+            assert new[row] >= 1
+            target = self.row(arrays, row, int(past[row]), int(new[row]))
+            arrays["logits"][row, 0] = -np.abs(np.arange(V) - target)
+
+    def row(self, arrays: Mapping[str, np.ndarray], row: int, past: int, new: int) -> int:
+        values = arrays["input_ids"][row, :new].astype(np.int64)
+        for index, layer in enumerate(self.layers):
+            key, value = (arrays[name][row, 0, :, 0] for name in past_names(index))
+            evicts, capacity = self.shape.evicts(layer), len(key)
+            assert evicts or past + self.shape.slots <= capacity, "the padded chunk does not fit"
+            window = layer.window if evicts else None
+            first, next_first = (first_held(capacity, window, length) for length in (past, past + new))
+            # NaN that is read is no integer
+            known = [int(number) for number in (value - key)[: past - first]]
+            inputs = np.array([*known, *values], np.int64)
+            values = np.array([mixed(inputs, first, past + i, layer.window) for i in range(new)])
+            kept = inputs[next_first - first :]
+            key[:], value[:] = np.nan, np.nan
+            key[: len(kept)], value[: len(kept)] = kept, 2 * kept
+        return int(values[-1])
+
+
+def engine_of(
+    windows: Sequence[int | None] = (5, None, 8),
+    slack: int = 3,
+    slots: int = 4,
+    ctx: int = 150,
+    batch: int = 1,
+    one_at_a_time: bool = False,
+    stop: Sequence[int] = (),
+) -> tuple[Engine, list[Any]]:
+    """An engine over the model, and the calls of its graphs: (role, past lengths, new lengths)."""
+    layers, calls = layers_of(*windows), []
+    spec = ModelSpec(
+        architecture="Mock", vocab_size=V, hidden_size=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=1, max_position_embeddings=ctx, layers=layers,
+    )  # fmt: skip
+    entries = [
+        entry(spec, GraphShape(role="prefill", batch=batch, slots=slots, ctx=ctx, slack=slack)),
+        entry(spec, GraphShape(role="decode", batch=batch, slots=1, ctx=ctx, slack=slack)),
+    ]
+    pair = GraphPair(*entries, layers, lambda graph: Op(graph.shape, layers, calls), one_at_a_time)
+    tokens = Tokens(bos=None, pad=None, stop=tuple(stop))
+    return Engine(Manifest.model_construct(model=spec, tokens=tokens), pair, None, Path()), calls
+
+
+def entry(spec: ModelSpec, shape: GraphShape) -> GraphEntry:
+    return GraphEntry(
+        shape=shape,
+        file=File(path=f"{shape.name}.onnx", nbytes=0, sha256="0" * 64),
+        inputs=input_ports(spec, shape),
+        outputs=output_ports(spec, shape),
+        aliases=tuple(
+            Alias(output=present, input=past, same_buffer=True)
+            for layer in range(len(spec.layers))
+            for present, past in zip(present_names(layer), past_names(layer), strict=True)
+        ),
+    )
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, V, length).tolist()
+
+
+def batch_tokens(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in prompts]
+    for row, step in engine.stream_batch(prompts, max_new_tokens=count):
+        rows[row].append(step.token)
+    return rows
+
+
+@given(st.integers(1, 40), st.integers(0, 70), st.integers(0, 300))
+@settings(deadline=None, max_examples=100)
+def test_first_position_is_the_rule_of_the_op(window: int, slack: int, length: int) -> None:
+    shape, layer = GraphShape(role="decode", slots=1, ctx=300, slack=slack), layers_of(window)[0]
+    assert shape.first_position(layer, length) == first_held(shape.capacity(layer), window, length)
+
+
+GEOMETRIES: list[tuple[tuple[int | None, ...], int, int]] = [  # windows, slack, slots
+    ((5, None, 8), 3, 4),
+    ((5, 5), 16, 4),
+    ((48, None), 15, 16),
+    ((1, 7), 0, 1),
+    ((None, 12, 200), 6, 7),
+]
+
+
+@pytest.mark.parametrize(("windows", "slack", "slots"), GEOMETRIES)
+def test_long_texts_past_several_evictions(windows: Any, slack: int, slots: int) -> None:
+    ctx = 150
+    for length in (1, slots, slots + 1, 2 * slots + 1, 77, ctx - 1, ctx):
+        engine, calls = engine_of(windows, slack, slots, ctx)
+        steps = list(engine.stream(prompt_of(length), max_new_tokens=1000))
+        assert [step.token for step in steps] == greedy(prompt_of(length), ctx - length + 1, windows)
+        assert steps[-1].finish_reason == "context"
+        assert sum(role == "prefill" for role, _, _ in calls) == -(-length // slots)
+
+
+def test_one_graph_at_a_time_over_a_window_that_moves() -> None:
+    engine, _ = engine_of(one_at_a_time=True)
+    for length in (90, 30):
+        assert batch_tokens(engine, [prompt_of(length)], 40) == [greedy(prompt_of(length), 40, (5, None, 8))]
+
+
+def test_a_row_of_one_token_beside_one_of_900() -> None:
+    windows = (48, None, 5)
+    engine, calls = engine_of(windows, slack=63, slots=64, ctx=1000, batch=3)
+    prompts = [prompt_of(1), prompt_of(900), prompt_of(17)]  # 15 chunks: 17 tokens last, 1 token cannot
+    assert batch_tokens(engine, prompts, 20) == [greedy(prompt, 20, windows) for prompt in prompts]
+    assert sum(role == "prefill" for role, _, _ in calls) == 15
+    past = np.array([call[1] for call in calls[:15]])
+    assert (past[:, 0] == 0).all()  # waits, and writes its one token again
+    assert (np.diff(past[:, 1:], axis=0) > 0).all()  # the others never feed a slot twice
+
+
+@pytest.mark.parametrize("lengths", [(150, 3, 60), (1, 149, 140), (120, 130, 1)])
+def test_rows_that_end_while_others_go_on(lengths: tuple[int, ...]) -> None:
+    """Rows end one by one at ctx; what a row is fed after its end must not be seen, then or later."""
+    windows = (5, None, 8)
+    engine, _ = engine_of(windows, batch=3)
+    prompts = [prompt_of(length, seed) for seed, length in enumerate(lengths)]
+    expected = [greedy(prompt, 150 - len(prompt) + 1, windows) for prompt in prompts]
+    assert batch_tokens(engine, prompts, 1000) == expected
+    longer = [[*prompt, *answer][:120] for prompt, answer in zip(prompts, expected, strict=True)]
+    assert batch_tokens(engine, longer, 9) == [greedy(prompt, 9, windows) for prompt in longer]
+
+
+@pytest.mark.parametrize("stop", range(0, V, 20))
+def test_rows_that_stop_early(stop: int) -> None:
+    windows, stops = (5, None, 8), [stop, stop + 1, stop + 2]
+    engine, _ = engine_of(windows, batch=3, stop=stops)
+    prompts = [prompt_of(length, stop) for length in (9, 1, 70)]
+    for _ in range(2):  # and once more over what the first left
+        found = batch_tokens(engine, prompts, 60)
+        for prompt, tokens in zip(prompts, found, strict=True):
+            whole = greedy(prompt, 60, windows)
+            ends = next((i for i, token in enumerate(whole) if token in stops), len(whole) - 1)
+            assert tokens == whole[: ends + 1]
+
+
+def test_what_a_chat_appends_is_all_that_is_computed() -> None:
+    """Past any number of evictions, as long as nothing of the cache is taken back."""
+    engine, calls = engine_of(slack=3, slots=4)
+    ids = prompt_of(6)
+    for turn in range(10):
+        held = len(engine.graphs.cached[0])
+        calls.clear()
+        answer = batch_tokens(engine, [ids], 7)[0]
+        assert answer == greedy(ids, 7, (5, None, 8))
+        assert calls[0][1] == [held], f"turn {turn}"
+        ids = [*ids, *answer, *prompt_of(4, turn)]
+
+
+@pytest.mark.parametrize(("back", "start"), [(1, 89), (3, 87), (6, 0)])
+def test_a_text_that_parts_goes_back_only_where_the_window_has_not_moved(back: int, start: int) -> None:
+    """Capacity 20 and window 5 move on by 16 tokens: at 21, 37, 53, 69, 85; 90 tokens hold those from 80."""
+    engine, calls = engine_of((5, None), slack=15, slots=16)
+    ids = prompt_of(90)
+    batch_tokens(engine, [ids], 1)
+    calls.clear()
+    parted = [*ids[: 90 - back], (ids[90 - back] + 1) % V, 4]
+    assert batch_tokens(engine, [parted], 30) == [greedy(parted, 30, (5, None))]
+    assert calls[0][1] == [start]
+
+
+def test_a_row_with_too_little_left_for_every_chunk_begins_anew() -> None:
+    """One new token beside 15 chunks; the 41st moves the window of 5 on, so it cannot be fed 15 times."""
+    engine, calls = engine_of(batch=2)
+    batch_tokens(engine, [prompt_of(40), prompt_of(5)], 1)
+    calls.clear()
+    prompts = [[*prompt_of(40), 7], prompt_of(60, 9)]
+    assert batch_tokens(engine, prompts, 9) == [greedy(prompt, 9, (5, None, 8)) for prompt in prompts]
+    assert calls[0][1] == [0, 0]
+
+
+def test_every_layer_has_a_say_in_going_back() -> None:
+    """The layer of window 20 has room for all so far; that of window 4 has moved on."""
+    engine, calls = engine_of((20, 4, None), slack=3, slots=4)
+    ids = prompt_of(15)
+    batch_tokens(engine, [ids], 1)
+    calls.clear()
+    parted = [*ids[:9], (ids[9] + 1) % V]
+    assert batch_tokens(engine, [parted], 9) == [greedy(parted, 9, (20, 4, None))]
+    assert calls[0][1] == [0]
+
+
+@st.composite
+def requests(draw: st.DrawFn, rows: int) -> list[tuple[list[tuple[int, int]], int]]:
+    """Requests of up to `rows` prompts: each is (how much of the row's last text it keeps, new tokens)."""
+    prompt = st.tuples(st.integers(0, 130), st.integers(1, 60))
+    one = st.tuples(st.lists(prompt, min_size=1, max_size=rows), st.integers(1, 60))
+    return draw(st.lists(one, min_size=1, max_size=5))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from(GEOMETRIES), st.integers(1, 3), st.integers(0, 2**16))
+def test_any_requests_give_what_a_fresh_engine_gives(
+    data: st.DataObject, geometry: Any, rows: int, seed: int
+) -> None:
+    windows, slack, slots = geometry
+    engine, _ = engine_of(windows, slack, slots, ctx=130, batch=rows)
+    rng, texts = np.random.default_rng(seed), [[] for _ in range(rows)]
+    for prompts, count in data.draw(requests(rows)):
+        asked = [
+            [*text[:kept], *rng.integers(0, V, new).tolist()][:130]
+            for text, (kept, new) in zip(texts, prompts, strict=False)
+        ]
+        fresh, _ = engine_of(windows, slack, slots, ctx=130, batch=rows)
+        found = batch_tokens(engine, asked, count)
+        assert found == batch_tokens(fresh, asked, count)
+        assert found == [greedy(ids, min(count, 130 - len(ids) + 1), windows) for ids in asked]
+        texts[: len(asked)] = [[*ids, *tokens] for ids, tokens in zip(asked, found, strict=True)]
