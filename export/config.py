@@ -147,7 +147,8 @@ def check_fits_bundle(
     for entry in former.graphs.values():
         if entry.shape.role != shape.role:
             pairs["batch"] = (shape.batch, entry.shape.batch)
-            pairs["slack"] = (shape.slack, entry.shape.slack)
+            if shape.slack is not None and entry.shape.slack is not None:
+                pairs["room for a --max-len of"] = (shape.slack + 1, entry.shape.slack + 1)
             if shape.ctx is not None and entry.shape.ctx is not None:
                 pairs["ctx"] = (shape.ctx, entry.shape.ctx)
             elif shape.limit > entry.shape.limit and shape.role == "prefill":

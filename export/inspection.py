@@ -13,8 +13,9 @@ import onnx
 from rich.markup import escape
 from rich.table import Table
 
+from runtime.compiled import find
 from runtime.errors import StillgraphError
-from runtime.manifest import GraphEntry, Manifest, Validation, check_files, read
+from runtime.manifest import GraphEntry, Manifest, Quantisation, Validation, check_files, read
 from runtime.spec import Frozen, GraphShape, LayerKind, past_names, present_names
 
 STAGE = "inspect"
@@ -71,7 +72,7 @@ class Ranges(Frozen):
 
 
 class Inspection(Frozen):
-    """Everything `stillgraph inspect` shows."""
+    """Everything `stillgraph inspect` shows. compiled: the folder for this machine, or why it is not used."""
 
     bundle: str
     model: str
@@ -79,6 +80,8 @@ class Inspection(Frozen):
     checkpoint_sha256: str
     target: str
     precision: str
+    quantisation: Quantisation | None
+    compiled: str | None
     tools: dict[str, str]
     files: dict[str, int]
     graphs: dict[str, GraphInspection]
@@ -98,6 +101,8 @@ def inspect(bundle: Path) -> Inspection:
         checkpoint_sha256=manifest.source.checkpoint_sha256,
         target=manifest.target,
         precision=manifest.precision,
+        quantisation=manifest.quantisation,
+        compiled=_compiled(bundle, manifest),
         tools=manifest.tools,
         files={file.path: file.nbytes for file in manifest.all_files()},
         graphs={name: _graph(bundle, entry) for name, entry in manifest.graphs.items()},
@@ -146,7 +151,7 @@ def _memory(manifest: Manifest) -> Memory:
     entry = manifest.graph("decode") or manifest.graph("prefill")
     layers = _caches(manifest, entry) if entry else ()
     return Memory(
-        weights=sum(tensor.nbytes for tensor in manifest.weights.tensors.values()),
+        weights=manifest.weights.file.nbytes,
         layers=layers,
         cache=sum(layer.nbytes for layer in layers),
     )
@@ -194,7 +199,8 @@ def _overview(inspection: Inspection) -> Table:
     rows = {
         "model": f"{inspection.model} ({inspection.architecture})",
         "checkpoint": inspection.checkpoint_sha256,
-        "target, precision": f"{inspection.target}, {inspection.precision}",
+        "target, precision": f"{inspection.target}, {inspection.precision}{_form(inspection.quantisation)}",
+        "compiled": inspection.compiled or "no; 'stillgraph compile' makes loading faster and memory smaller",
         "made with": ", ".join(f"{name} {version}" for name, version in inspection.tools.items()),
         "token ids": f"0 to {ranges.vocabulary - 1}",
         "rows (batch)": f"{ranges.batch}",
@@ -207,13 +213,33 @@ def _overview(inspection: Inspection) -> Table:
     return table
 
 
+def _form(quantisation: Quantisation | None) -> str:
+    if quantisation is None:
+        return ""
+    kind = "symmetric" if quantisation.symmetric else "asymmetric"
+    kept = "".join(f", {pattern} kept at {value}" for pattern, value in quantisation.keep.items())
+    fast = ", a prefill with int8 weights of its own" if quantisation.fast_prefill else ""
+    return f" in {kind} blocks of {quantisation.block_size}{kept}{fast}"
+
+
+def _compiled(bundle: Path, manifest: Manifest) -> str | None:
+    found = find(bundle, manifest)
+    return (
+        f"for {found.compiled.cpu}, ONNX Runtime {found.compiled.onnxruntime}"
+        if found.compiled
+        else found.reason
+    )
+
+
 def _verdict(validation: Validation | None) -> str:
     if validation is None:
         return "none; run 'stillgraph validate'"
     word = "passed" if validation.passed else "FAILED"
     error = f"relative error {validation.max_relative_error:.1e} of {validation.bound:.1e}"
     cases = f"{validation.cases} cases, top-1 agreement {validation.top1_agreement:.1%}"
-    return f"{word} on {validation.date}: {error}, {cases}"
+    quality = validation.quality
+    cost = f"; against the checkpoint's own weights KL {quality.kl:.1e} nats" if quality else ""
+    return f"{word} on {validation.date}: {error}, {cases}{cost}"
 
 
 def _file_table(inspection: Inspection) -> Table:

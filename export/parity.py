@@ -18,11 +18,13 @@ ACTIVATION_ROUNDOFF = 2.0**-8  # of int8, to the largest value of a block
 
 
 class CaseResult(Frozen):
-    """One prompt and the decode steps after it. cache_errors: per layer, relative to its largest value."""
+    """One prompt and the decode steps after it. cache_errors: per layer, relative to its largest value;
+    bound: what they and the relative errors of logits may be."""
 
     text: Literal["random", "text"]
     optimised: bool
     start: Literal["prefill", "reference cache"]
+    bound: float
     prompt: int
     comparisons: tuple[Comparison, ...]
     cache_errors: tuple[float, ...]
@@ -38,7 +40,6 @@ class Parity(Frozen):
     date: str
     depth: str
     bound: float
-    exact_bound: float
     why_bound: str
     tools: dict[str, str]
     graphs: dict[str, str]
@@ -81,8 +82,7 @@ class Parity(Frozen):
         """The worst of what broke a bound, in a sentence; None where all hold."""
         if broken := [case for case in self.cases if not self.holds(case)]:
             worst = max((max(c.worst.relative_error, *c.cache_errors) for c in broken), key=_nan_last)
-            bound = self.bound if broken[0].optimised else self.exact_bound
-            return f"a relative error of {worst:.2e} is over the bound of {bound:.1e}"
+            return f"a relative error of {worst:.2e} is over the bound of {broken[0].bound:.1e}"
         if self.quality is not None and not self.quality.passed:
             ratio = self.quality.perplexity / self.quality.original_perplexity
             return (
@@ -110,8 +110,7 @@ class Parity(Frozen):
     def holds(self, case: CaseResult) -> bool:
         """Whether a case is within the bound; a NaN is not."""
         errors = (case.worst.relative_error, *case.cache_errors)
-        bound = self.bound if case.optimised else self.exact_bound
-        return all(error <= bound for error in errors)
+        return all(error <= case.bound for error in errors)
 
 
 def quality_table(quality: Quality) -> Table:
@@ -158,14 +157,12 @@ def case_row(case: CaseResult) -> list[str]:
     ]  # fmt: skip
 
 
-def exact_bound(spec: ModelSpec, precision: Precision) -> float:
-    """The relative error that a graph may have as it is written, without kernels that round inputs."""
-    return bound(spec, "fp32" if precision in ("int8", "int4") else precision)[0]
+def bound(spec: ModelSpec, precision: Precision, rounds: bool = True) -> tuple[float, str]:
+    """The relative error that a graph of this precision may have, and in a sentence why.
 
-
-def bound(spec: ModelSpec, precision: Precision) -> tuple[float, str]:
-    """The relative error that a graph of this precision may have as it is run, and in a sentence why."""
-    if precision in ("int8", "int4"):
+    rounds: whether the inputs of its products are rounded to 8 bits, where weights are of int8 or int4.
+    """
+    if precision in ("int8", "int4") and rounds:
         # The kernels round the input of each product to 8 bits. Errors add as above; 4 is the margin, since
         # those of the first layers go through all others. Without these kernels the graph is exact.
         value = 4 * ACTIVATION_ROUNDOFF * math.sqrt(4 * len(spec.layers) + 1)

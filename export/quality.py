@@ -21,8 +21,10 @@ from export.reference import Reference
 from export.stories import held_out
 from runtime.manifest import Manifest, Precision, Quality
 
-# Mean KL divergence in nats and perplexity over the checkpoint's that a precision may cost.
-BOUNDS: dict[Precision, tuple[float, float]] = {"int8": (0.01, 1.01), "int4": (0.5, 1.25)}
+# What a precision may cost: mean KL divergence in nats, and perplexity over the checkpoint's. The demo loses
+# 1.6e-5 nats at int8 and 1.3e-3 at int4; the 1B geometry with random weights, the hardest to round, loses
+# 6.6e-2 at int4. A weight in a wrong place costs whole nats.
+BOUNDS: dict[Precision, tuple[float, float]] = {"int8": (0.02, 1.02), "int4": (0.25, 1.25)}
 QUESTIONS = 100
 
 

@@ -36,8 +36,10 @@ class State:
 class Replay:
     """Runs one plan: all prompts through the prefill, then, with the prefill gone, all decode steps."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, truth: Reference, plan: Plan, say: Say) -> None:
-        self.manifest, self.truth, self.plan, self.say = manifest, truth, plan, say
+    def __init__(
+        self, bundle: Path, manifest: Manifest, truth: Reference, plan: Plan, bound: float, say: Say
+    ) -> None:
+        self.manifest, self.truth, self.plan, self.bound, self.say = manifest, truth, plan, bound, say
         self.graphs = GraphRun(bundle, manifest, plan.optimised)
         self.rows, self.layers = self.graphs.rows, self.graphs.layers
 
@@ -92,6 +94,7 @@ class Replay:
             text=self.plan.text,
             optimised=self.plan.optimised,
             start=state.start,
+            bound=self.bound,
             prompt=state.prompt,
             comparisons=tuple(state.comparisons),
             cache_errors=tuple(self.cache_error(state, layer) for layer in self.layers),

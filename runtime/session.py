@@ -69,8 +69,8 @@ def session_options(
     """The options of a graph's session.
 
     pack: whether weights are copied as the kernels want them. Those of fp32 stay mapped from the file, which
-    both graphs then share: packing them makes a private copy for each graph and takes seconds at load, to gain
-    nothing in decode and a sixth of a prefill. Those of few bits have no other fast kernels. A prefill
+    both graphs then share: packing them makes a private copy for each graph and takes seconds at load, to
+    gain nothing in decode and a sixth of a prefill. Those of few bits have no other fast kernels. A prefill
     that is to be unloaded gets no arena, which would keep the memory of its activations.
     """
     options = ort.SessionOptions()

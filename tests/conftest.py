@@ -83,6 +83,7 @@ def tiny_bundle(
         batch: int = 1,
         target: str = "portable",
         slack: int = 15,
+        fast_prefill: bool = False,
         **config: Any,
     ) -> Path:
         from export.bundle import export
@@ -91,7 +92,7 @@ def tiny_bundle(
 
         checkpoint = tiny_checkpoint(**config)
         extra = None if target == "portable" else slack
-        key = json.dumps([shapes, precision, batch, target, extra, str(checkpoint)])
+        key = json.dumps([shapes, precision, batch, target, extra, fast_prefill, str(checkpoint)])
         if key not in made:
             out = tmp_path_factory.mktemp("bundle") / "tiny"
             graphs = [
@@ -99,7 +100,12 @@ def tiny_bundle(
                 for role, slots, ctx in shapes
             ]
             values = {"model": str(checkpoint), "target": target, "precision": precision}
-            export(request(**values, batch=batch, out=out), graphs, replace=False, say=lambda line: None)
+            export(
+                request(**values, batch=batch, fast_prefill=fast_prefill, out=out),
+                graphs,
+                replace=False,
+                say=lambda line: None,
+            )
             made[key] = out
         return made[key]
 

@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("export", "patches", "runtime")
-OF_RUNTIME = {f"runtime.{name}" for name in ("compiled", "errors", "guard", "manifest", "spec")}  # open to export
+# What of the runtime is open to the export.
+OF_RUNTIME = {f"runtime.{name}" for name in ("compiled", "errors", "guard", "manifest", "spec")}
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
 
 

@@ -117,6 +117,7 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
         text="random",
         optimised=True,
         start="prefill",
+        bound=1e-5,
         prompt=3,
         comparisons=same,
         cache_errors=(0.0,),
@@ -126,7 +127,7 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
     def fake(bundle, *, model, depth, say) -> Parity:
         say("[bold]")
         asked.append((bundle, model, depth))
-        return Parity(date="2020-01-01", depth=depth, bound=1e-5, exact_bound=1e-5, why_bound="why", tools={},
+        return Parity(date="2020-01-01", depth=depth, bound=1e-5, why_bound="why", tools={},
                       graphs={}, weights="", cases=(case,))  # fmt: skip
 
     monkeypatch.setattr("export.validate.validate", fake)
