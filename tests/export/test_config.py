@@ -186,7 +186,6 @@ OTHERS: list[tuple[dict[str, Any], GraphShape, str]] = [
     ({}, PREFILL.model_copy(update={"ctx": 48}), "ctx 40"),
     ({}, GraphShape(role="decode", slots=1, ctx=32), "ctx 40"),
     ({}, GraphShape(role="prefill", slots=41), "at most ctx"),
-    ({}, PREFILL.model_copy(update={"slack": 15}), "slack None"),
     (INT4 | {"quantisation": Quantisation(block_size=32)}, PREFILL, "precision fp32"),
     ({"quantisation": Quantisation(block_size=32)}, PREFILL, "quantisation None"),
 ]
@@ -202,6 +201,20 @@ def test_graphs_of_two_kinds_in_one_bundle(
     sha256 = values.pop("sha256", manifest.source.checkpoint_sha256)
     with refused("export", str(bundle), word, "--out"):
         check_fits_bundle(ExportConfig(**values), sha256, shape, manifest)
+
+
+def test_a_prefill_that_the_cache_has_no_room_for(refused: Refused, tiny_bundle: Callable[..., Path]) -> None:
+    """The bundle's cache has room for a padded chunk of 16; the sentence speaks of --max-len, an option."""
+    bundle = tiny_bundle(target="onnxruntime")
+    manifest = read(bundle)
+    config = ExportConfig(target="onnxruntime", out=bundle)
+    with refused("export", "room for a --max-len of 16", "has 17"):
+        check_fits_bundle(
+            config,
+            manifest.source.checkpoint_sha256,
+            PREFILL.model_copy(update={"slots": 17, "slack": 16}),
+            manifest,
+        )
 
 
 @pytest.mark.parametrize("shape", [PREFILL, GraphShape(role="decode", slots=1, ctx=40)])

@@ -114,7 +114,7 @@ class Fused(torch.nn.Module):
 
 
 def test_weights_put_together_while_tracing_are_one_recipe() -> None:
-    module = Fused().requires_grad_(False)
+    module = Fused().eval().requires_grad_(False)
     program = torch.onnx.export(
         module, (torch.zeros(2, 3, 4),), dynamo=True, opset_version=23, optimize=False, verbose=False
     )

@@ -1,0 +1,73 @@
+"""OpenVINO's runtime as one contender; and the int4 models that optimum-intel writes.
+
+python tests/peers/intel.py prepare CHECKPOINT MODELS    # openvino-int4 and openvino-int4-all folders
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import openvino
+from openvino import opset13
+from protocol import Request, run
+from transformers4 import folder_for_transformers4
+
+# `int4` is the usual form, with an embedding of 8 bits; `int4-all` is symmetric and 4 bits throughout
+FORMS = {"int4": [], "int4-all": ["--sym", "--all-layers"]}
+
+
+class Intel:
+    def __init__(self, request: Request) -> None:
+        core = openvino.Core()
+        model = core.read_model(Path(request.model) / "openvino_model.xml")
+        last_logits_alone(model)
+        hints = {"INFERENCE_NUM_THREADS": request.threads, "PERFORMANCE_HINT": "LATENCY"}
+        self.request = core.compile_model(model, "CPU", hints).create_infer_request()
+        self.inputs = {name for port in model.inputs for name in port.get_names()}
+        self.versions = {name: version(name) for name in ("openvino", "optimum-intel")}
+
+    def generate(self, ids: list[int], count: int) -> Iterator[int]:
+        self.request.reset_state()
+        fed, seen = np.array([ids], np.int64), 0
+        for _ in range(count):
+            length = seen + fed.shape[1]
+            feed = {"input_ids": fed, "attention_mask": np.ones((1, length), np.int64)}
+            feed["position_ids"] = np.arange(seen, length, dtype=np.int64)[None]
+            feed["beam_idx"] = np.zeros(1, np.int32)
+            feed = {name: value for name, value in feed.items() if name in self.inputs}
+            self.request.infer(feed, share_inputs=True)
+            token = int(self.request.get_tensor("logits").data[0, -1].argmax())
+            yield token
+            fed, seen = np.array([[token]], np.int64), length
+
+
+def last_logits_alone(model: openvino.Model) -> None:
+    """Slice the head's input to its last position, as openvino-genai does, so that a prompt pays for one."""
+    node = model.output("logits").get_node()
+    while node.get_type_name() != "MatMul":
+        node = node.input_value(0).get_node()
+    hidden, axes = node.input_value(0), [1]
+    last = opset13.slice(hidden, np.array([-1]), np.array([2**31 - 1]), np.array([1]), np.array(axes))
+    node.input(0).replace_source_output(last.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def prepare(checkpoint: Path, models: Path) -> None:
+    source = folder_for_transformers4(checkpoint, models)
+    for form, options in FORMS.items():
+        export = [Path(sys.executable).parent / "optimum-cli", "export", "openvino", "-m", source]
+        export += ["--task", "text-generation-with-past", "--weight-format", "int4", "--group-size", "128"]
+        target = models / f"openvino-{form}"
+        subprocess.run([*export, "--ratio", "1.0", *options, target], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "prepare":
+        prepare(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        run(Intel)
