@@ -8,7 +8,7 @@ DEMO := artifacts/demo
 SCHEMA := runtime/manifest.schema.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check schema clean
+.PHONY: help demo test bench check schema clean
 
 help:  ## Show this
 	@sed -n "s/^\([a-z]*\):.*  ## /\1	/p" Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/.export  ## Export the demo bundle, validate it, write text from i
 
 test: $(VENV)/.dev  ## Run the tests
 	@$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev  ## Ratios to PyTorch beside those kept in tests/guard, in 3 minutes; warns, never fails
+	@$(BIN)/python tests/guard/guard.py artifacts/bench
 
 check: $(VENV)/.dev  ## Lint, types, and which package may import which
 	$(BIN)/ruff check

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from runtime.compiled import Compiled, find, set_options
+from runtime.compiled import Compiled, Found, find, set_options
 from runtime.engine import Engine
 from runtime.errors import StillgraphError
 from runtime.graphpair import GraphPair, Load
@@ -24,12 +24,14 @@ def load(
     unload_prefill: bool | None = None,
     threads: int | None = None,
     check_hashes: bool = False,
+    compiled: bool = True,
 ) -> Engine:
     """Load a bundle, ready for a prompt. Raises StillgraphError.
 
     unload_prefill: hold one graph at a time in memory; None asks the environment for
     UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
-    file and compare its hash with the manifest's.
+    file and compare its hash with the manifest's. compiled: False to leave aside what 'stillgraph compile'
+    made.
 
     What 'stillgraph compile' made for this machine is used where it fits; where it does not, a warning says
     why, and the bundle's own graphs serve.
@@ -47,7 +49,7 @@ def load(
         raise StillgraphError("load bundle", problem, "export both with one --batch")
     one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
     text = Text(folder, manifest.tokens.bos) if (folder / "tokenizer.json").is_file() else None
-    found = find(folder, manifest, hashes=check_hashes)
+    found = find(folder, manifest, hashes=check_hashes) if compiled else Found(None)
     if found.reason:
         log.warning(found.reason)
     open_graph = _loader(folder, manifest, found.compiled, threads, one)

@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("export", "patches", "runtime")
 # What of the runtime is open to the export.
-OF_RUNTIME = {f"runtime.{name}" for name in ("compiled", "errors", "guard", "manifest", "spec")}
+OF_RUNTIME = {
+    f"runtime.{name}" for name in ("bench.contender", "compiled", "errors", "guard", "manifest", "spec")
+}
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
 
 

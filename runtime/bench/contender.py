@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 
 GROUP = "stillgraph.contenders"
@@ -15,13 +16,27 @@ GROUP = "stillgraph.contenders"
 
 @dataclass(frozen=True)
 class Source:
-    """What contenders are made from: a checkpoint folder, a folder to keep their models and environments in
-    (`work`), and the cache slots that are wanted. models: the part of `work` that is this checkpoint's."""
+    """What contenders are made from.
 
-    checkpoint: Path
+    checkpoint: as the user named it, a folder or a hub id; checkpoint_sha256: what it must hash to. work: a
+    folder to keep environments in; models: the part of it for this checkpoint's models. ctx: cache
+    slots; max_len: token slots of a prefill.
+    """
+
+    checkpoint: str
+    checkpoint_sha256: str
     work: Path
-    ctx: int
     models: Path
+    ctx: int
+    max_len: int = 128
+
+
+@dataclass(frozen=True)
+class Making:
+    """A command to run once, where `path` does not exist: it makes that path."""
+
+    path: Path
+    command: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -30,17 +45,23 @@ class Contender:
 
     name: what `--against` calls it; label: what people read; group: a word that names all of a kind at once.
     file: the script with `open_contender`; model: what it opens; options: words of its own kind. python: the
-    interpreter. prepare: the command that makes the model, run once where `model` does not exist. missing:
-    why it cannot run here, with the command that helps. exact: see `runtime.bench.report.Result`.
+    interpreter. prepare: how the model is made. missing: why it cannot run here, with the command that helps.
+    exact: see `runtime.bench.report.Result`.
     """
 
     name: str
     label: str
     group: str
     file: Path
-    model: Path
+    model: str
     options: dict[str, str] = field(default_factory=dict)
     python: Path = Path(sys.executable)
-    prepare: tuple[str, ...] = ()
+    prepare: tuple[Making, ...] = ()
     missing: str | None = None
     exact: bool = False
+
+
+def others(source: Source) -> list[Contender]:
+    """The contenders that other packages add."""
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    return [contender for entry in found for contender in entry.load()(source)]

@@ -1,6 +1,6 @@
 """llama.cpp through the C interface of llama-cpp-python, as one contender; and the GGUF files it takes.
 
-python tests/peers/llama.py prepare CHECKPOINT MODELS    # llama-bf16, -q4_0, -q4_0-embd4, -q8_0 .gguf
+python llama.py prepare CHECKPOINT MODELS    # llama-bf16, -q4_0, -q4_0-embd4, -q8_0 .gguf
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from protocol import Request, run
 
 PERIOD = 6  # llama.cpp fixes which layers of a Gemma 3 are full: every sixth
 NAMES = {
@@ -38,7 +37,7 @@ NAMES = {
 class Llama:
     """The low-level interface: no Python but one call and an argmax a step."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Any) -> None:
         silence()
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
@@ -53,7 +52,12 @@ class Llama:
         if not self.context:
             raise SystemExit(f"llama.cpp cannot open {request.model}")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        self.versions = {"llama-cpp-python": llama_cpp.__version__}
+        self.swap_seconds = 0.0
+        self.facts = {
+            "versions": {"llama-cpp-python": llama_cpp.__version__},
+            "weights_mb": Path(request.model).stat().st_size / 1e6,
+            "read_mb": Path(request.model).stat().st_size / 1e6,
+        }
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
@@ -165,12 +169,15 @@ def prepare(checkpoint: Path, models: Path) -> None:
         if embedding is not None:  # GGML_TYPE_Q4_0; the tied head is the same tensor
             params.token_embedding_type = params.output_tensor_type = embedding
         target = models / f"llama-{name}.gguf"
-        if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(params)):
+        beside = target.with_suffix(".part")  # a file that is there is whole
+        if llama_cpp.llama_model_quantize(bytes(source), bytes(beside), ctypes.byref(params)):
             raise SystemExit(f"llama.cpp cannot write {target}")
+        beside.replace(target)
+
+
+def open_contender(request: Any) -> Llama:
+    return Llama(request)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "prepare":
-        prepare(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        run(Llama)
+    prepare(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,6 +1,6 @@
 """OpenVINO's runtime as one contender; and the int4 models that optimum-intel writes.
 
-python tests/peers/intel.py prepare CHECKPOINT MODELS    # openvino-int4 and openvino-int4-all folders
+python intel.py prepare CHECKPOINT MODELS    # openvino-int4 and openvino-int4-all folders
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
 from openvino import opset13
-from protocol import Request, run
 from transformers4 import folder_for_transformers4
 
 # `int4` is the usual form, with an embedding of 8 bits; `int4-all` is symmetric and 4 bits throughout
@@ -22,14 +22,18 @@ FORMS = {"int4": [], "int4-all": ["--sym", "--all-layers"]}
 
 
 class Intel:
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Any) -> None:
         core = openvino.Core()
         model = core.read_model(Path(request.model) / "openvino_model.xml")
         last_logits_alone(model)
         hints = {"INFERENCE_NUM_THREADS": request.threads, "PERFORMANCE_HINT": "LATENCY"}
         self.request = core.compile_model(model, "CPU", hints).create_infer_request()
         self.inputs = {name for port in model.inputs for name in port.get_names()}
-        self.versions = {name: version(name) for name in ("openvino", "optimum-intel")}
+        self.swap_seconds = 0.0
+        self.facts = {
+            "versions": {name: version(name) for name in ("openvino", "optimum-intel")},
+            "weights_mb": (Path(request.model) / "openvino_model.bin").stat().st_size / 1e6,
+        }
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         self.request.reset_state()
@@ -60,14 +64,26 @@ def last_logits_alone(model: openvino.Model) -> None:
 def prepare(checkpoint: Path, models: Path) -> None:
     source = folder_for_transformers4(checkpoint, models)
     for form, options in FORMS.items():
-        export = [Path(sys.executable).parent / "optimum-cli", "export", "openvino", "-m", source]
+        beside = models / f"openvino-{form}.part"  # a folder that is there is whole
+        export = [
+            sys.executable,
+            "-m",
+            "optimum.commands.optimum_cli",
+            "export",
+            "openvino",
+            "-m",
+            str(source),
+        ]
         export += ["--task", "text-generation-with-past", "--weight-format", "int4", "--group-size", "128"]
-        target = models / f"openvino-{form}"
-        subprocess.run([*export, "--ratio", "1.0", *options, target], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*export, "--ratio", "1.0", *options, str(beside)], check=True, stdout=subprocess.DEVNULL
+        )
+        beside.replace(models / f"openvino-{form}")
+
+
+def open_contender(request: Any) -> Intel:
+    return Intel(request)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "prepare":
-        prepare(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        run(Intel)
+    prepare(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -26,3 +26,8 @@ def folder_for_transformers4(checkpoint: Path, models: Path) -> Path:
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / OTHER_FILES[1]).write_text(json.dumps(tokenizer, indent=2), encoding="utf-8")
     return folder
+
+
+def folder_mb(folder: Path) -> float:
+    """Bytes of a folder's files, in MB."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6

@@ -1,6 +1,6 @@
 """onnxruntime-genai as one contender; and the int4 models that its own builder writes.
 
-python tests/peers/genai.py prepare CHECKPOINT MODELS    # genai-b32 and genai-b128 folders
+python genai.py prepare CHECKPOINT MODELS    # genai-b32 and genai-b128 folders
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnxruntime_genai as og
-from protocol import Request, run
-from transformers4 import folder_for_transformers4
+from transformers4 import folder_for_transformers4, folder_mb
 
 # 32 is the default of the builder. Its shared_embeddings would save 1.2 GB of disk, but in 0.11.4 the graph
 # then names a zero point that it does not store, and does not load.
@@ -22,15 +22,19 @@ BLOCKS = (32, 128)
 
 
 class Genai:
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Any) -> None:
         config = og.Config(request.model)
         config.overlay(json.dumps(self._options(request)))
         self.model, self.ctx = og.Model(config), request.ctx
         packages = ("onnxruntime-genai", "onnxruntime")
-        self.versions = {name: version(name) for name in packages}
+        self.swap_seconds = 0.0
+        self.facts = {
+            "versions": {name: version(name) for name in packages},
+            "weights_mb": folder_mb(Path(request.model)),
+        }
 
     @staticmethod
-    def _options(request: Request) -> dict[str, object]:
+    def _options(request: Any) -> dict[str, object]:
         """No token ends a text: random weights choose stop tokens like any other."""
         session = {"intra_op_num_threads": request.threads}
         return {"model": {"eos_token_id": [-1], "decoder": {"session_options": session}}}
@@ -48,23 +52,17 @@ class Genai:
 def prepare(checkpoint: Path, models: Path) -> None:
     source = folder_for_transformers4(checkpoint, models)
     for block in BLOCKS:
+        beside = models / f"genai-b{block}.part"  # a folder that is there is whole
         build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
-        build += [
-            "-o",
-            str(models / f"genai-b{block}"),
-            "-c",
-            str(models / "cache"),
-            "-p",
-            "int4",
-            "-e",
-            "cpu",
-        ]
+        build += ["-o", str(beside), "-c", str(models / "cache"), "-p", "int4", "-e", "cpu"]
         options = [f"int4_block_size={block}", "int4_accuracy_level=4"]
         subprocess.run([*build, "--extra_options", *options], check=True, stdout=subprocess.DEVNULL)
+        beside.replace(models / f"genai-b{block}")
+
+
+def open_contender(request: Any) -> Genai:
+    return Genai(request)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "prepare":
-        prepare(Path(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        run(Genai)
+    prepare(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,58 @@
+"""Install peers, each into an environment of its own.
+
+    python -m export.contenders.install llama genai openvino [--work artifacts/bench]
+
+What is there already stays. llama.cpp is compiled for this machine: 10 minutes on two cores, with a C++
+compiler. `stillgraph bench` then writes their models from the checkpoint by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from export.contenders.catalog import PEERS, Peer
+
+
+def install(peer: Peer, work: Path) -> None:
+    """Raises CalledProcessError; what was begun is taken away again."""
+    python = peer.python(work)
+    if python.exists():
+        return
+    folder = python.parents[1]
+    try:
+        venv.create(folder, with_pip=True, symlinks=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *peer.packages], check=True)
+        if peer.removed:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *peer.removed], check=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("peers", nargs="+", choices=[peer.name for peer in PEERS])
+    parser.add_argument("--work", type=Path, default=Path("artifacts/bench"))
+    args = parser.parse_args()
+    failed = 0
+    for peer in PEERS:
+        if peer.name not in args.peers:
+            continue
+        try:
+            install(peer, args.work.resolve())
+            print(f"{peer.name}: ready")
+        except subprocess.CalledProcessError as error:  # one peer that fails stops no other
+            failed = 1
+            print(f"{peer.name}: {error}", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

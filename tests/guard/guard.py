@@ -1,0 +1,97 @@
+"""`make bench`: ratios of the demo and of four layers of Gemma 3 1B beside those that ratios.json keeps.
+
+    python tests/guard/guard.py FOLDER [--update]
+
+Ratios to PyTorch, never times, so that another machine's speed says nothing; another kind of CPU still may.
+A ratio that has grown by more than TOLERANCE is a warning on stderr; the exit code is 0 all the same, because
+a shared machine is no judge. FOLDER keeps the checkpoint and the bundles for the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+KEPT = Path(__file__).with_name("ratios.json")
+TOLERANCE = 1.25  # over the noise of three turns on a shared machine
+RATIOS = ("ttft_ratio", "tpot_ratio", "peak_pss_ratio")
+AGAINST = "torch,portable,onnxruntime-int4+compiled"
+STILLGRAPH = (sys.executable, "-m", "runtime")
+Found = dict[str, dict[str, float]]
+
+
+def write_cut(folder: Path) -> None:
+    """Four layers of the 1B geometry, one of them full, with seeded random weights in bfloat16."""
+    if (folder / "model.safetensors").exists():
+        return
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3TextConfig(
+        vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256,
+        sliding_window=512, layer_types=kinds, rope_parameters=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+
+
+def measure(folder: Path, model: str) -> Found:
+    """The ratios of each contender over PyTorch, of one interleaved run of three turns."""
+    bundle = folder / (Path(model).name + "-int4")
+    form = ["--target", "onnxruntime", "--precision", "int4", "--no-validate", "--quiet"]
+    if not (bundle / "manifest.json").exists():
+        export = [*STILLGRAPH, "export", "bundle", "--model", model, *form, "--out", str(bundle)]
+        subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+    bench = [*STILLGRAPH, "bench", str(bundle), "--against", AGAINST, "--turns", "3", "--new-tokens", "24"]
+    bench += ["--work", str(folder), "--patience", "2", "--json"]
+    line = subprocess.run(bench, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    rows = json.loads(line)["results"]
+    for row in rows:
+        if row["note"]:
+            print(f"warning: {model} {row['name']}: {row['note']}", file=sys.stderr)
+    return {row["name"]: {key: row[key] for key in RATIOS} for row in rows if row["ttft_ratio"]}
+
+
+def grown(kept: Found, found: Found) -> list[str]:
+    """What is worse than it was, in words."""
+    return [
+        f"{name}: {key} is {row[key]:.2f} and was {kept[name][key]:.2f}"
+        for name, row in found.items()
+        for key in RATIOS
+        if name in kept and row[key] > TOLERANCE * kept[name][key]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--update", action="store_true", help="keep what was found in ratios.json")
+    args = parser.parse_args()
+    cut = args.folder / "gemma-3-1b-4-layers"
+    write_cut(cut)
+    found = {name: measure(args.folder, model) for name, model in (("demo", "demo"), ("4 layers", str(cut)))}
+    kept = json.loads(KEPT.read_text(encoding="ascii")) if KEPT.exists() else {}
+    for name, rows in found.items():
+        for line in grown(kept.get(name, {}), rows):
+            print(f"warning: {name}: {line}", file=sys.stderr)
+    text = json.dumps(found, indent=1)
+    print(text)
+    if args.update:
+        KEPT.write_text(text + "\n", encoding="ascii")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
