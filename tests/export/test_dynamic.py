@@ -24,6 +24,7 @@ from export.graphs import GRAPHS, masks
 from export.inspection import inspect, tables
 from export.resimplify import resimplify
 from export.simplify import FORBIDDEN, static_problem
+from export.validate import validate
 from runtime import load
 from runtime.engine import Engine
 from runtime.manifest import check_files, read
@@ -172,6 +173,27 @@ def test_simplifying_it_again_changes_nothing_it_computes(own: Path) -> None:
     change = resimplify(own, lambda line: None)["dynamic"]
     assert change.worst_difference <= FP32
     assert next(load(own).stream([3, 9], max_new_tokens=1)).token == next(load(own).stream([3, 9])).token
+
+
+def test_validation_holds_it_to_pytorch(own: Path) -> None:
+    parity = validate(own, depth="default", say=lambda line: None)
+    assert parity.passed, parity.problem()
+    assert read(own).validation == parity.validation()
+    prompts = [case.prompt for case in parity.cases if case.text == "random" and not case.optimised]
+    assert prompts == [1, 2, 2, 4, 4, 5, 5, 6, 6, CTX - 1, CTX - 1]  # at once, and in two calls
+    assert max(c.position for case in parity.cases for c in case.comparisons) == CTX - 1
+
+
+def test_validation_sees_a_wrong_window(own: Path) -> None:
+    path = own / "dynamic.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    numbers = [t for t in graph.graph.initializer if t.data_type == onnx.TensorProto.INT64]
+    windows = [number for number in numbers if onnx.numpy_helper.to_array(number).tolist() == 5]
+    assert len(windows) == 1
+    windows[0].CopyFrom(onnx.numpy_helper.from_array(np.array(6, np.int64), windows[0].name))
+    path.write_bytes(graph.SerializeToString())
+    parity = validate(own, depth="quick", say=lambda line: None)
+    assert {case.prompt for case in parity.cases if not parity.holds(case)} == {4, 5, 6, CTX - 1}
 
 
 def test_compile_refuses_it_in_one_sentence(refused: Refused, own: Path) -> None:
