@@ -92,7 +92,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
     recipes: list[Weight] = [*take_out(model, list(checkpoint.files))]
     before = model.clone()
     say(f"simplifying {shape.name}")
-    after, steps = simplify(model)
+    after, steps = simplify(model, shape.grows)
     if config.quantisation is not None:
         fast = config.quantisation.fast_prefill and shape.role == "prefill"
         plan = Plan(config.target, config.precision, config.quantisation, fast)

@@ -12,7 +12,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from export.config import ExportConfig, decode_shape, prefill_shape, request, with_one_slack
+from export.config import (
+    ARTIFACTS,
+    ExportConfig,
+    decode_shape,
+    dynamic_shape,
+    prefill_shape,
+    request,
+    with_one_slack,
+)
 from export.output import Output
 from runtime.errors import CheckFailed, StillgraphError
 from runtime.manifest import Manifest
@@ -115,6 +123,21 @@ def decode(
         out=out,
     )
     _add(config, decode_shape(config, ctx), Output(quiet, as_json))
+
+
+@app.command()
+def dynamic(
+    ctx: Annotated[int, typer.Option(help="Tokens at which a text ends.")] = 1024,
+    model: Model = "demo",
+    out: Annotated[
+        Path | None, typer.Option(help="The bundle's folder.", show_default="artifacts/<model>-dynamic")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the same model as one fp32 graph of growing lengths, to measure static graphs against."""
+    config = ExportConfig(model=model, out=out or ARTIFACTS / f"{Path(model).name}-dynamic")
+    _add(config, dynamic_shape(config, ctx), Output(quiet, as_json))
 
 
 @app.command()

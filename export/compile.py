@@ -58,6 +58,9 @@ def compile_bundle(bundle: Path, say: Say, pack_fp32: bool = False) -> Compiled:
     check_files(bundle, manifest)
     if not manifest.graphs:
         raise StillgraphError(STAGE, f"{bundle} has no graph", "add one with 'stillgraph export bundle'")
+    if grown := manifest.graph("dynamic"):
+        problem = f"{bundle} has graph {grown.shape.name} of growing lengths, which is run as it is"
+        raise StillgraphError(STAGE, problem, "compile a bundle of static graphs")
     pack = pack_fp32 or manifest.precision != "fp32"
     job = Job(bundle, bundle / COMPILED / cpu_name(), manifest, pack)
     with _disk_errors(job.folder), _claimed(job.folder):

@@ -111,6 +111,21 @@ def decode_shape(config: ExportConfig, ctx: int) -> GraphShape:
     return GraphShape(role="decode", batch=config.batch, slots=1, ctx=ctx, slack=slack)
 
 
+def dynamic_shape(config: ExportConfig, ctx: int) -> GraphShape:
+    """A graph of growing lengths, which a runtime stops at `ctx` tokens. Raises StillgraphError.
+
+    It is what static graphs are measured against: one row, fp32, portable ops.
+    """
+    if ctx < 2:
+        raise StillgraphError(STAGE, f"--ctx {ctx} leaves no room for a next token", "use 2 or more")
+    plain = {"target": "portable", "precision": "fp32", "batch": 1}
+    for name, value in plain.items():
+        if (given := getattr(config, name)) != value:
+            problem = f"--{name} {given} is not made as a dynamic graph"
+            raise StillgraphError(STAGE, problem, f"leave --{name} at {value}, or export a static bundle")
+    return GraphShape(role="dynamic", slots=ctx, ctx=ctx)
+
+
 def with_one_slack(shapes: Sequence[GraphShape]) -> list[GraphShape]:
     """Graphs of one bundle share their cache buffers, so all get the largest slack that one of them needs."""
     slacks = [shape.slack for shape in shapes if shape.slack is not None]
@@ -146,6 +161,8 @@ def check_fits_bundle(
     }
     for entry in former.graphs.values():
         if entry.shape.role != shape.role:
+            growing = {True: "growing", False: "static"}
+            pairs["lengths"] = (growing[shape.grows], growing[entry.shape.grows])
             pairs["batch"] = (shape.batch, entry.shape.batch)
             if shape.slack is not None and entry.shape.slack is not None:
                 pairs["room for a --max-len of"] = (shape.slack + 1, entry.shape.slack + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -17,11 +17,12 @@ from export.checkpoint import Checkpoint
 from export.graphs import GRAPHS
 from patches.patch import applied
 from runtime.manifest import Precision, Target
-from runtime.spec import GraphShape, Port, input_ports, output_ports
+from runtime.spec import NEW, PAST, GraphShape, Port, input_ports, output_ports
 
 OPSET = {"portable": 20, "onnxruntime": 23}  # 23 has RMSNormalization
 ATTENTION = "stillgraph_portable"
 PARAMETER_PREFIX = "model."  # of the wrapper's attribute that holds the model
+EXAMPLE_LENGTHS = {NEW: 3, PAST: 5}  # torch.export would take 0 and 1 for constants
 DTYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -42,10 +43,14 @@ def convert(checkpoint: Checkpoint, shape: GraphShape, target: Target, precision
             opset_version=OPSET[target],
             optimize=False,  # folding would read weights that are not there
             verbose=False,
+            dynamic_shapes=lengths(inputs) if shape.grows else None,
             input_names=[port.name for port in inputs],
             output_names=[port.name for port in outputs],
         )
     assert program is not None
+    if shape.grows:  # the tracer calls the length of the outputs by a formula
+        for value, port in zip(program.model.graph.outputs, outputs, strict=True):
+            value.shape = ir.Shape(port.shape)
     _name_weights(
         program.model, set(checkpoint.files), getattr(checkpoint.config, "tie_word_embeddings", False)
     )
@@ -55,7 +60,16 @@ def convert(checkpoint: Checkpoint, shape: GraphShape, target: Target, precision
 def example(port: Port) -> torch.Tensor:
     """A tensor of a port's shape, for tracing: lengths of 1, ids and caches of 0."""
     value = 1 if port.name in ("prompt_length", "past_length") else 0
-    return torch.full(port.shape, value, dtype=DTYPES[port.dtype])
+    return torch.full(port.at(EXAMPLE_LENGTHS), value, dtype=DTYPES[port.dtype])
+
+
+def lengths(inputs: Sequence[Port]) -> tuple[object, ...]:
+    """Which sizes are lengths, as `torch.export` wants it: of the first input, and of all others as one."""
+    dims = {name: torch.export.Dim(name, min=0) for name in EXAMPLE_LENGTHS}
+    first, *rest = [
+        {axis: dims[size] for axis, size in enumerate(port.shape) if isinstance(size, str)} for port in inputs
+    ]
+    return first, tuple(rest)
 
 
 def _name_weights(model: ir.Model, names: set[str], tied: bool) -> None:

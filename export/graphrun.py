@@ -36,7 +36,7 @@ class GraphRun:
 
     def new_cache(self) -> Cache:
         """Buffers that hold nothing: every slot is poisoned."""
-        ports = {port.name: port.shape for port in (*self.cached.inputs, *self.cached.outputs)}
+        ports = {port.name: port.sizes for port in (*self.cached.inputs, *self.cached.outputs)}
         names = past_names if self.cached.shape.ctx else present_names
         return {
             past: np.full(ports[name], POISON, np.float32)

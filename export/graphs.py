@@ -1,8 +1,8 @@
-"""The two graphs as modules: prefill takes a prompt at once, decode one token.
+"""The graphs as modules: prefill takes a prompt at once, decode one token, dynamic both.
 
 They call the unchanged model of transformers with a `StaticCache`, positions and masks of their own; what is
 traced below that is the model's code. Shapes: B batch, P prompt slots, S token slots, C cache slots,
-V vocabulary.
+V vocabulary; of the dynamic graph T past tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from export.attention import additive_mask
 from export.cache import StaticCache, visible
 from export.fused_cache import FusedCache
+from export.growing_cache import GrowingCache
 from runtime.spec import GraphShape, ModelSpec
 
 
@@ -116,4 +117,23 @@ class DecodeGraph(Graph):
         return self.step(input_ids, past_length, None, past)
 
 
-GRAPHS: dict[str, type[Graph]] = {"prefill": PrefillGraph, "decode": DecodeGraph}
+class DynamicGraph(Graph):
+    """Any number of tokens, behind keys and values of any length: both are symbols in the graph."""
+
+    def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """input_ids [B, S], past [B, KV, T, D]: (logits [B, 1, V], keys [B, KV, T + S, D], ...)."""
+        cache = GrowingCache(list(zip(past[::2], past[1::2], strict=True)))
+        length, new = cache.get_seq_length(), input_ids.shape[1]
+        positions = torch.arange(length, length + new)[None]
+        hidden = self.model.model(
+            input_ids=input_ids,
+            attention_mask=masks(self.spec, positions, length + new),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # [B, S, hidden]
+        present = [cache.present[layer] for layer in range(len(self.spec.layers))]
+        return self.head(hidden[:, -1:]), *(tensor for pair in present for tensor in pair)
+
+
+GRAPHS: dict[str, type[Graph]] = {"prefill": PrefillGraph, "decode": DecodeGraph, "dynamic": DynamicGraph}

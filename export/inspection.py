@@ -16,10 +16,11 @@ from rich.table import Table
 from runtime.compiled import find
 from runtime.errors import StillgraphError
 from runtime.manifest import GraphEntry, Manifest, Quantisation, Validation, check_files, read
-from runtime.spec import Frozen, GraphShape, LayerKind, past_names, present_names
+from runtime.spec import ITEM_SIZE, Frozen, GraphShape, LayerKind, cache_shape
 
 STAGE = "inspect"
 MB = 1e6
+UNCOMPILED = "no; 'stillgraph compile' makes loading faster and memory smaller"
 ITEM_BITS = {"FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "INT64": 64, "UINT64": 64, "BOOL": 8, "INT8": 8,
              "UINT8": 8, "INT16": 16, "UINT16": 16, "INT4": 4, "UINT4": 4}  # fmt: skip
 
@@ -124,7 +125,7 @@ def _graph(bundle: Path, entry: GraphEntry) -> GraphInspection:
         nbytes=entry.file.nbytes,
         nodes=len(graph.node),
         ops=dict(Counter(_op(node) for node in graph.node).most_common()),
-        largest_activation=largest_activation(graph),
+        largest_activation=None if entry.shape.grows else largest_activation(graph),
     )
 
 
@@ -148,7 +149,7 @@ def _activation(value: onnx.ValueInfoProto, op: str) -> Activation:
 
 
 def _memory(manifest: Manifest) -> Memory:
-    entry = manifest.graph("decode") or manifest.graph("prefill")
+    entry = manifest.graph("decode") or manifest.graph("prefill") or manifest.graph("dynamic")
     layers = _caches(manifest, entry) if entry else ()
     return Memory(
         weights=manifest.weights.file.nbytes,
@@ -158,22 +159,22 @@ def _memory(manifest: Manifest) -> Memory:
 
 
 def _caches(manifest: Manifest, entry: GraphEntry) -> tuple[LayerCache, ...]:
-    """Per layer, of the buffers that the graph reads, or writes where it reads none."""
-    ports = {port.name: port for port in (*entry.inputs, *entry.outputs)}
-    names = past_names if entry.shape.ctx else present_names
+    """Per layer, of the buffers that the graph reads, or writes where it reads none; at ctx."""
+    item = 2 * ITEM_SIZE["float32"]  # of keys and values
     return tuple(
         LayerCache(
             kind=layer.kind,
             window=layer.window,
             capacity=entry.shape.capacity(layer),
-            nbytes=sum(ports[name].nbytes for name in names(index)),
+            nbytes=item * math.prod(cache_shape(manifest.model, entry.shape, index)),
         )
         for index, layer in enumerate(manifest.model.layers)
     )
 
 
 def _ranges(manifest: Manifest) -> Ranges:
-    prefill, decode = manifest.graph("prefill"), manifest.graph("decode")
+    dynamic = manifest.graph("dynamic")  # which is both
+    prefill, decode = manifest.graph("prefill") or dynamic, manifest.graph("decode") or dynamic
     entry = decode or prefill
     return Ranges(
         batch=entry.shape.batch if entry else 1,
@@ -196,11 +197,13 @@ def _overview(inspection: Inspection) -> Table:
     if ranges.max_len is not None:
         chunks = f"longer ones in chunks, {ranges.ctx} in all" if ranges.continues_cache else "not more"
         prompt = f"1 to {ranges.max_len} tokens a call; {chunks}"
+    if _grows(inspection):
+        prompt = f"1 to {ranges.ctx} tokens at once"
     rows = {
         "model": f"{inspection.model} ({inspection.architecture})",
         "checkpoint": inspection.checkpoint_sha256,
         "target, precision": f"{inspection.target}, {inspection.precision}{_form(inspection.quantisation)}",
-        "compiled": inspection.compiled or "no; 'stillgraph compile' makes loading faster and memory smaller",
+        "compiled": inspection.compiled or ("no" if _grows(inspection) else UNCOMPILED),
         "made with": ", ".join(f"{name} {version}" for name, version in inspection.tools.items()),
         "token ids": f"0 to {ranges.vocabulary - 1}",
         "rows (batch)": f"{ranges.batch}",
@@ -211,6 +214,10 @@ def _overview(inspection: Inspection) -> Table:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     return table
+
+
+def _grows(inspection: Inspection) -> bool:
+    return any(graph.shape.grows for graph in inspection.graphs.values())
 
 
 def _form(quantisation: Quantisation | None) -> str:
@@ -268,7 +275,8 @@ def _memory_table(inspection: Inspection) -> Table:
     table = Table("what", "MB", "of which", title="memory")
     table.columns[1].justify = "right"
     table.add_row("weights", f"{memory.weights / MB:,.2f}", "in one file, mapped")
-    table.add_row("cache", f"{memory.cache / MB:,.2f}", "keys and values of every layer, one set of buffers")
+    held = "one set, when the context is full" if _grows(inspection) else "one set of buffers"
+    table.add_row("cache", f"{memory.cache / MB:,.2f}", f"keys and values of every layer, {held}")
     for layer, indices in _alike(memory.layers).items():
         sees = f"window {layer.window}" if layer.window else "sees all"
         what = f"  {'each of' if len(indices) > 1 else 'of'} {len(indices)} {layer.kind}"

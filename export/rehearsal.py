@@ -60,7 +60,7 @@ def outputs(variant: Variant, entry: GraphEntry, inputs: dict[str, Array]) -> di
         binding.bind_ortvalue_input(port.name, values[port.name])
     for port in entry.outputs:
         past = past_of.get(port.name)
-        results[port.name] = inputs[past] if past else np.zeros(port.shape, NUMPY[port.dtype])
+        results[port.name] = inputs[past] if past else np.zeros(port.sizes, NUMPY[port.dtype])
         value = values[past] if past else ort.OrtValue.ortvalue_from_numpy(results[port.name])
         binding.bind_ortvalue_output(port.name, value)
         values[f"output {port.name}"] = value  # kept alive for the run
@@ -76,10 +76,10 @@ def random_inputs(entry: GraphEntry, vocab: int, seed: int) -> dict[str, Array]:
     past = min(shape.slots, (shape.ctx or shape.slots) - shape.slots)
     for port in entry.inputs:
         if port.name == "input_ids":  # [B, P]
-            arrays[port.name] = rng.integers(0, vocab, port.shape)
+            arrays[port.name] = rng.integers(0, vocab, port.sizes)
         elif port.name.endswith("_length"):  # [B]
             length = shape.slots if port.name == "prompt_length" else max(past, 0)
-            arrays[port.name] = np.full(port.shape, length, np.int64)
+            arrays[port.name] = np.full(port.sizes, length, np.int64)
         else:
-            arrays[port.name] = rng.standard_normal(port.shape, np.float32).astype(NUMPY[port.dtype])
+            arrays[port.name] = rng.standard_normal(port.sizes, np.float32).astype(NUMPY[port.dtype])
     return arrays

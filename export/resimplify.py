@@ -76,7 +76,7 @@ def _simplified(bundle: Path, entry: GraphEntry, manifest: Manifest, say: Say) -
         problem = f"{path} is not an ONNX graph ({' '.join(str(error).split())})"
         raise StillgraphError(STAGE, problem, "export the bundle again") from error
     weights.detach(model)
-    simplified, steps = simplify(model)
+    simplified, steps = simplify(model, entry.shape.grows)
     weights.attach(simplified, manifest.weights)
     proto = ir.to_proto(simplified)
     changed = not _same_graph(proto.graph, onnx.load(path, load_external_data=False).graph)

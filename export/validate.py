@@ -17,6 +17,7 @@ from export.cases import Depth, Plan, TextKind, limit, make_plans, positions, ra
 from export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from export.config import Say
 from export.dequantised import dequantise
+from export.growing_replay import GrowingReplay
 from export.parity import CaseResult, Parity, bound
 from export.parity_page import write_page
 from export.quality import recall, summarise, walk, walked
@@ -110,13 +111,14 @@ class Proof:
             references[kind] = reference(model, self.ids(kind), wanted)
         del model
         cases: list[CaseResult] = []
+        runner = GrowingReplay if part.graph("dynamic") else Replay
         for plan in plans:
             self.say(f"{plan.text} ids, ONNX Runtime's optimisations {'on' if plan.optimised else 'off'}")
             # Without packed weights only the prefill that is written so rounds its inputs.
             own = part.quantisation is not None and part.quantisation.fast_prefill
             rounds = plan.optimised or (own and part.graph("prefill") is not None)
             value, _ = bound(part.model, part.precision, rounds)
-            cases += Replay(self.bundle, part, references[plan.text], plan, value, self.say).run()
+            cases += runner(self.bundle, part, references[plan.text], plan, value, self.say).run()
         return cases
 
     def ids(self, kind: TextKind) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from runtime.chat import Message, Template, read_template
 from runtime.errors import CheckFailed, StillgraphError
-from runtime.graphpair import GraphPair
+from runtime.graphpair import Graphs
 from runtime.manifest import Manifest
 from runtime.sampling import Sampler, Sampling
 from runtime.session import Array
@@ -76,7 +76,7 @@ class Row:
 class Engine:
     """A loaded bundle. One request at a time: a new one ends the stream before it."""
 
-    def __init__(self, manifest: Manifest, graphs: GraphPair, text: Text | None, bundle: Path) -> None:
+    def __init__(self, manifest: Manifest, graphs: Graphs, text: Text | None, bundle: Path) -> None:
         """text: None for a bundle without a tokenizer, which takes and gives ids alone."""
         self.manifest, self.graphs, self.text, self.bundle = manifest, graphs, text, bundle
         self._stop_tokens = frozenset(manifest.tokens.stop)

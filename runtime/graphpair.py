@@ -10,12 +10,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty, return_memory
 from runtime.spec import LayerSpec, Port
 
 Load = Callable[[GraphEntry], Runner]
+
+
+class Graphs(Protocol):
+    """What an engine drives: graphs of a bundle over their cache, as `GraphPair` describes it."""
+
+    ctx: int
+    rows: int
+    slots: int
+    continues: bool
+    load_seconds: float
+    cached: list[list[int]]
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Array: ...
+    def decode(self, tokens: Sequence[int | None]) -> Array: ...
+    def reset(self) -> None: ...
 
 
 class Buffers:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime.compiled import Compiled, Found, find, set_options
 from runtime.engine import Engine
 from runtime.errors import StillgraphError
-from runtime.graphpair import GraphPair, Load
+from runtime.graphpair import GraphPair, Graphs
+from runtime.growing import GrowingGraph
 from runtime.manifest import GraphEntry, Manifest, check_files, read
 from runtime.session import Session, available_cores, mappings, populate, session_options
 from runtime.text import Text
@@ -34,33 +36,31 @@ def load(
     made.
 
     What 'stillgraph compile' made for this machine is used where it fits; where it does not, a warning says
-    why, and the bundle's own graphs serve.
+    why, and the bundle's own graphs serve. A bundle of one growing graph has no prefill to unload.
     """
     began = time.perf_counter()
     folder = Path(bundle)
     manifest = read(folder)
     check_files(folder, manifest, hashes=check_hashes)
-    prefill, decode = _entry(folder, manifest, "prefill"), _entry(folder, manifest, "decode")
-    if prefill.shape.ctx not in (None, decode.shape.ctx):
-        problem = f"{folder} has a prefill of ctx {prefill.shape.ctx} and a decode of ctx {decode.shape.ctx}"
-        raise StillgraphError("load bundle", problem, "export both with one --ctx")
-    if prefill.shape.batch != decode.shape.batch:
-        problem = f"{folder} has a prefill of {prefill.shape.batch} rows and a decode of {decode.shape.batch}"
-        raise StillgraphError("load bundle", problem, "export both with one --batch")
+    dynamic = manifest.graph("dynamic")
     one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
     text = Text(folder, manifest.tokens.bos) if (folder / "tokenizer.json").is_file() else None
     found = find(folder, manifest, hashes=check_hashes) if compiled else Found(None)
     if found.reason:
         log.warning(found.reason)
     open_graph = _loader(folder, manifest, found.compiled, threads, one)
-    graphs = GraphPair(prefill, decode, manifest.model.layers, open_graph, one)
+    graphs: Graphs
+    if dynamic:
+        graphs = GrowingGraph(dynamic, open_graph)
+    else:
+        graphs = GraphPair(*_pair(folder, manifest), manifest.model.layers, open_graph, one)
     graphs.load_seconds = time.perf_counter() - began
     return Engine(manifest, graphs, text, folder)
 
 
 def _loader(
     folder: Path, manifest: Manifest, compiled: Compiled | None, threads: int | None, one_at_a_time: bool
-) -> Load:
+) -> Callable[[GraphEntry], Session]:
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
     count = threads or available_cores()
@@ -80,6 +80,18 @@ def _loader(
         return session
 
     return open_graph
+
+
+def _pair(folder: Path, manifest: Manifest) -> tuple[GraphEntry, GraphEntry]:
+    """The prefill and the decode, which share a cache."""
+    prefill, decode = _entry(folder, manifest, "prefill"), _entry(folder, manifest, "decode")
+    if prefill.shape.ctx not in (None, decode.shape.ctx):
+        problem = f"{folder} has a prefill of ctx {prefill.shape.ctx} and a decode of ctx {decode.shape.ctx}"
+        raise StillgraphError("load bundle", problem, "export both with one --ctx")
+    if prefill.shape.batch != decode.shape.batch:
+        problem = f"{folder} has a prefill of {prefill.shape.batch} rows and a decode of {decode.shape.batch}"
+        raise StillgraphError("load bundle", problem, "export both with one --batch")
+    return prefill, decode
 
 
 def _entry(folder: Path, manifest: Manifest, role: str) -> GraphEntry:

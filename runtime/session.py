@@ -46,6 +46,12 @@ class Session:
         """See `Runner`. The arrays are bound in place: nothing is copied before or after a run."""
         return Bound(self._session, self.entry, arrays)
 
+    def call(self, feeds: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:
+        """The outputs, in the graph's order, in memory that the session allocates; no input is copied."""
+        names = [port.name for port in self.entry.outputs]
+        values: list[ort.OrtValue] = self._session.run_with_ort_values(names, feeds)
+        return values
+
 
 class Bound:
     """A session with every input and output bound to an array's own memory, which it keeps alive."""
@@ -97,7 +103,7 @@ def available_cores() -> int:
 
 def empty(port: Port) -> Array:
     """A zeroed array for a port; pages that are never touched take no memory."""
-    return np.zeros(port.shape, NUMPY[port.dtype])
+    return np.zeros(port.sizes, NUMPY[port.dtype])
 
 
 def return_memory() -> None:

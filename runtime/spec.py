@@ -1,20 +1,27 @@
 """The shape of a frozen model: the one source of tensor names, shapes and byte counts.
 
 Shapes: B batch, P prompt slots (`max_len`), C cache slots, KV key/value heads, D head size, V vocabulary.
+A graph of role `dynamic` has lengths in their place, which have names.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, model_validator
 
 LayerKind = Literal["full_attention", "sliding_attention"]
 DType = Literal["int64", "float32", "float16"]
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "dynamic"]
+LengthName = Annotated[str, StringConstraints(pattern="^[a-z_]+$")]
 ITEM_SIZE: dict[str, int] = {"int64": 8, "float32": 4, "float16": 2}
+NEW, PAST, TOTAL = (
+    "new_tokens",
+    "past_tokens",
+    "total_tokens",
+)  # lengths of a dynamic graph; the last is their sum
 
 
 class Frozen(BaseModel):
@@ -56,26 +63,36 @@ class ModelSpec(Frozen):
 
 
 class Port(Frozen):
-    """One input or output of a graph."""
+    """One input or output of a graph. A name in the shape is a length that every call may choose."""
 
     name: str
     dtype: DType
-    shape: tuple[PositiveInt, ...]
+    shape: tuple[PositiveInt | LengthName, ...]
     meaning: str
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a port whose every dimension is a number."""
+        return self.at({})
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+        return math.prod(self.sizes) * ITEM_SIZE[self.dtype]
+
+    def at(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with `lengths` for names. Raises KeyError for a name that is not among them."""
+        return tuple(lengths[size] if isinstance(size, str) else size for size in self.shape)
 
 
 class GraphShape(Frozen):
     """What fixes a graph's shape: its role, rows, token slots and cache slots.
 
     slots: tokens per call, P for a prefill and 1 for a decode. ctx: tokens that the cache can hold; None for
-    a prefill that starts from nothing. slack: None where every layer has ctx slots (the portable target). In
-    the onnxruntime target, slots over what a layer must keep: full layers have ctx + slack, so that a padded
-    chunk always fits behind the last token, and sliding layers window + slack, so that old tokens are moved
-    out once in slack + 1 tokens and not at each one.
+    a prefill that starts from nothing. A dynamic graph, whose keys and values grow with the text, takes any
+    number of tokens: its slots and ctx only say where a runtime stops. slack: None where every layer has ctx
+    slots (the portable target). In the onnxruntime target, slots over what a layer must keep: full layers
+    have ctx + slack, so that a padded chunk always fits behind the last token, and sliding layers window +
+    slack, so that old tokens are moved out once in slack + 1 tokens and not at each one.
     """
 
     role: Role
@@ -88,14 +105,23 @@ class GraphShape(Frozen):
     def _consistent(self) -> GraphShape:
         if self.role == "decode" and (self.slots != 1 or self.ctx is None):
             raise ValueError("a decode graph has one token slot and a ctx")
+        if self.grows and (self.batch, self.slots, self.slack) != (1, self.ctx, None):
+            raise ValueError("a dynamic graph has one row, as many token slots as ctx, and no slack")
         if self.slack is not None and (self.ctx is None or self.slack < self.slots - 1):
             raise ValueError("a graph with slack has a ctx, and slack for a padded chunk")
         return self
 
     @property
     def name(self) -> str:
-        """File name without suffix: `prefill-128`, `decode-1024`."""
+        """File name without suffix: `prefill-128`, `decode-1024`, `dynamic`."""
+        if self.grows:
+            return self.role
         return f"{self.role}-{self.ctx if self.role == 'decode' else self.slots}"
+
+    @property
+    def grows(self) -> bool:
+        """Whether keys and values are as long as the text, and not as the cache."""
+        return self.role == "dynamic"
 
     @property
     def limit(self) -> int:
@@ -140,6 +166,9 @@ def cache_shape(spec: ModelSpec, shape: GraphShape, layer: int) -> tuple[int, in
 
 def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     """The inputs of a graph, in order."""
+    if shape.grows:
+        ids = Port(name="input_ids", dtype="int64", shape=(1, NEW), meaning="token ids, at least 1")
+        return (ids, *_cache_ports(spec, shape, past_names, "before the call", PAST))
     rows = (shape.batch,)
     ports = [Port(name="input_ids", dtype="int64", shape=(shape.batch, shape.slots), meaning="token ids")]
     if shape.role == "prefill":
@@ -160,19 +189,22 @@ def output_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     """The outputs of a graph, in order."""
     meaning = "next-token logits after the last valid token of each row"
     logits = Port(name="logits", dtype="float32", shape=(shape.batch, 1, spec.vocab_size), meaning=meaning)
-    return (logits, *_cache_ports(spec, shape, present_names, "after the call"))
+    total = TOTAL if shape.grows else None
+    return (logits, *_cache_ports(spec, shape, present_names, "after the call", total))
 
 
 def _cache_ports(
-    spec: ModelSpec, shape: GraphShape, names: Callable[[int], tuple[str, str]], when: str
+    spec: ModelSpec,
+    shape: GraphShape,
+    names: Callable[[int], tuple[str, str]],
+    when: str,
+    length: str | None = None,
 ) -> list[Port]:
-    return [
-        Port(
-            name=name,
-            dtype="float32",
-            shape=cache_shape(spec, shape, i),
-            meaning=f"layer {i} {kind} {when}",
-        )
-        for i in range(len(spec.layers))
-        for kind, name in zip(("keys", "values"), names(i), strict=True)
-    ]
+    """length: the name of the keys' and values' length, where they have one instead of slots."""
+    ports = []
+    for i in range(len(spec.layers)):
+        batch, heads, capacity, size = cache_shape(spec, shape, i)
+        for kind, name in zip(("keys", "values"), names(i), strict=True):
+            sizes, meaning = (batch, heads, length or capacity, size), f"layer {i} {kind} {when}"
+            ports.append(Port(name=name, dtype="float32", shape=sizes, meaning=meaning))
+    return ports
