@@ -24,12 +24,15 @@ def load(
     unload_prefill: bool | None = None,
     threads: int | None = None,
     check_hashes: bool = False,
+    profile: Path | None = None,
 ) -> Engine:
     """Load a bundle, ready for a prompt. Raises StillgraphError.
 
     unload_prefill: hold one graph at a time in memory; None asks the environment for
     UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
-    file and compare its hash with the manifest's.
+    file and compare its hash with the manifest's. profile: a folder for ONNX Runtime's trace of each graph,
+    `prefill_*.json` and `decode_*.json`, written when the graph is unloaded; runs are slower by some
+    microseconds a node.
 
     What 'stillgraph compile' made for this machine is used where it fits; where it does not, a warning says
     why, and the bundle's own graphs serve.
@@ -50,14 +53,19 @@ def load(
     found = find(folder, manifest, hashes=check_hashes)
     if found.reason:
         log.warning(found.reason)
-    open_graph = _loader(folder, manifest, found.compiled, threads, one)
+    open_graph = _loader(folder, manifest, found.compiled, threads, one, profile)
     graphs = GraphPair(prefill, decode, manifest.model.layers, open_graph, one)
     graphs.load_seconds = time.perf_counter() - began
     return Engine(manifest, graphs, text, folder)
 
 
 def _loader(
-    folder: Path, manifest: Manifest, compiled: Compiled | None, threads: int | None, one_at_a_time: bool
+    folder: Path,
+    manifest: Manifest,
+    compiled: Compiled | None,
+    threads: int | None,
+    one_at_a_time: bool,
+    profile: Path | None,
 ) -> Load:
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
@@ -71,6 +79,9 @@ def _loader(
         if compiled and (made := compiled.graph(entry)):
             set_options(options, folder, compiled.packed)
             file = made.file
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / entry.shape.role)
         former = mappings(weights)  # of the other graph, populated when that was loaded
         session = Session(folder / file.path, entry, options)
         if not pack:  # else there are copies, or packing has read every page
