@@ -16,6 +16,7 @@ from export.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_
 from export.config import ExportConfig, Say, check_fits_bundle, check_heads, check_positions
 from export.convert import convert
 from export.lowering import Plan, lower
+from export.node_names import name_the_rest
 from export.recipe import Weight, take_out, take_out_constants
 from export.simplify import SimplifyReport, as_report, check, same_outputs, simplify
 from export.staging import staged
@@ -100,6 +101,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
         recipes = lower(after, recipes, plan)
         after = check(after)
     recipes += take_out_constants(after)
+    name_the_rest(after)
     return Traced(shape, before, after, recipes, as_report(steps))
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from export.attention import portable_attention
 from export.checkpoint import Checkpoint
 from export.graphs import GRAPHS
+from export.node_names import name_by_module
 from patches.patch import applied
 from runtime.manifest import Precision, Target
 from runtime.spec import NEW, PAST, GraphShape, Port, input_ports, output_ports
@@ -54,6 +55,7 @@ def convert(checkpoint: Checkpoint, shape: GraphShape, target: Target, precision
     _name_weights(
         program.model, set(checkpoint.files), getattr(checkpoint.config, "tie_word_embeddings", False)
     )
+    name_by_module(program.model)
     return program.model
 
 

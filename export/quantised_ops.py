@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export import parts
+from export.node_names import name_after
 from export.parts import Matrix, Part
 
 MICROSOFT = "com.microsoft"
@@ -73,6 +74,7 @@ class Builder:
     def put_in_place_of(self, node: ir.Node, result: ir.Value) -> None:
         """Insert the nodes made since the last call, with `result` where the node's output was."""
         nodes, self._nodes = self._nodes, []
+        name_after(node, nodes)
         ir.convenience.replace_nodes_and_values(self._graph, node, [node], nodes, node.outputs, [result])
 
 

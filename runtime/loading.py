@@ -27,13 +27,15 @@ def load(
     threads: int | None = None,
     check_hashes: bool = False,
     compiled: bool = True,
+    profile: Path | None = None,
 ) -> Engine:
     """Load a bundle, ready for a prompt. Raises StillgraphError.
 
     unload_prefill: hold one graph at a time in memory; None asks the environment for
     UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
     file and compare its hash with the manifest's. compiled: False to leave aside what 'stillgraph compile'
-    made.
+    made. profile: a folder for ONNX Runtime's trace of each graph, `prefill_*.json` and `decode_*.json`,
+    written when the graph is unloaded; runs are slower by some microseconds a node.
 
     What 'stillgraph compile' made for this machine is used where it fits; where it does not, a warning says
     why, and the bundle's own graphs serve. A bundle of one growing graph has no prefill to unload.
@@ -48,7 +50,7 @@ def load(
     found = find(folder, manifest, hashes=check_hashes) if compiled else Found(None)
     if found.reason:
         log.warning(found.reason)
-    open_graph = _loader(folder, manifest, found.compiled, threads, one)
+    open_graph = _loader(folder, manifest, found.compiled, threads, one, profile)
     graphs: Graphs
     if dynamic:
         graphs = GrowingGraph(dynamic, open_graph)
@@ -59,7 +61,12 @@ def load(
 
 
 def _loader(
-    folder: Path, manifest: Manifest, compiled: Compiled | None, threads: int | None, one_at_a_time: bool
+    folder: Path,
+    manifest: Manifest,
+    compiled: Compiled | None,
+    threads: int | None,
+    one_at_a_time: bool,
+    profile: Path | None,
 ) -> Callable[[GraphEntry], Session]:
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
@@ -73,6 +80,9 @@ def _loader(
         if compiled and (made := compiled.graph(entry)):
             set_options(options, folder, compiled.packed)
             file = made.file
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / entry.shape.role)
         former = mappings(weights)  # of the other graph, populated when that was loaded
         session = Session(folder / file.path, entry, options)
         if not pack:  # else there are copies, or packing has read every page

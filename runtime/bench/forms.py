@@ -82,7 +82,7 @@ def subject(bundle: Path, manifest: Manifest) -> Contender:
 
 def base_name(manifest: Manifest) -> str:
     """What the form of a bundle is called, less how it is run."""
-    if "dynamic" in manifest.graphs:
+    if manifest.graph("dynamic") is not None:
         return "dynamic"
     words = [manifest.target, "" if manifest.precision == "fp32" else manifest.precision]
     if form := manifest.quantisation:
