@@ -1,0 +1,83 @@
+"""PyTorch as a contender, run for real; and the peers, as far as can be said without them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.contenders.catalog import PEERS, find
+from export.contenders.transformers4 import folder_for_transformers4
+from runtime.bench.contender import Source
+from runtime.bench.harness import Request
+from runtime.bench.turns import TurnFailed, run_once
+
+
+def source(checkpoint: Path, work: Path, sha256: str = "0" * 64) -> Source:
+    return Source(str(checkpoint), sha256, work, work / "models", 64)
+
+
+def test_peers_that_are_not_installed_say_how_to_install_them(tmp_path) -> None:
+    found = {contender.name: contender for contender in find(source(tmp_path, tmp_path / "work"))}
+    assert found["torch"].missing is None
+    assert len(found) == 2 + sum(len(peer.models) for peer in PEERS)
+    for peer in PEERS:
+        for contender in (c for c in found.values() if c.group == peer.name):
+            assert f"export.contenders.install {peer.name} --work {tmp_path / 'work'}" in contender.missing
+
+
+def test_an_installed_peer_writes_its_models_from_the_checkpoint(tmp_path) -> None:
+    python = tmp_path / "env" / "llama" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    found = [c for c in find(source(tmp_path, tmp_path)) if c.group == "llama"]
+    assert [c.missing for c in found] == [None] * 3
+    assert found[0].prepare[0].command[0] == str(python)
+    assert found[0].prepare[0].command[-2:] == (str(tmp_path), str(tmp_path / "models"))
+    (hub,) = (c for c in find(source(Path("org/model"), tmp_path)) if c.name == "llama-q8_0")
+    assert "--model" in str(hub.missing)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("torch", torch.float32), ("torch-bf16", torch.bfloat16)])
+def test_eager_makes_the_tokens_that_the_model_makes(tiny_checkpoint, tmp_path, name, dtype) -> None:
+    from export.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(str(tiny_checkpoint()))
+    made = {c.name: c for c in find(source(tiny_checkpoint(), tmp_path, checkpoint.sha256))}[name]
+    ids, count = [5, 9, 11], 12
+    turn = run_once(made, Request(made.model, ids, count, 1, 64, made.options), 1)
+    model = checkpoint.load().to(dtype)
+    for token in turn.run.tokens:
+        with torch.no_grad():
+            assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids = [*ids, token]
+    assert turn.facts["weights_mb"] == pytest.approx(sum(p.nbytes for p in model.parameters()) / 1e6)
+    assert set(turn.facts["versions"]) == {"torch", "transformers"}
+
+
+def test_another_checkpoint_than_the_bundle_s_is_told(tiny_checkpoint, tmp_path) -> None:
+    made = find(source(tiny_checkpoint(), tmp_path))[0]
+    with pytest.raises(TurnFailed, match="not the checkpoint that the bundle was made from"):
+        run_once(made, Request(made.model, [5], 2, 1, 64, made.options), 1)
+
+
+def test_what_transformers_4_reads(tiny_checkpoint, tmp_path) -> None:
+    checkpoint = tiny_checkpoint()
+    folder = folder_for_transformers4(checkpoint, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    rope = json.loads((checkpoint / "config.json").read_text())["rope_parameters"]
+    assert config["rope_theta"] == rope["full_attention"]["rope_theta"]
+    assert config["rope_local_base_freq"] == rope["sliding_attention"]["rope_theta"]
+    assert (folder / "model.safetensors").resolve() == (checkpoint / "model.safetensors").resolve()
+
+
+def test_the_catalog_needs_none_of_the_libraries() -> None:
+    code = (
+        "import sys, export.contenders.catalog; print({'torch', 'llama_cpp', 'openvino'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
