@@ -24,8 +24,8 @@ def name_by_module(model: ir.Model) -> None:
 
 
 def name_after(former: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Name the nodes that take a node's place, each apart."""
-    for index, node in enumerate(nodes):
+    """Name the nodes that take a node's place, each apart. Where that has no name the graph gives them some."""
+    for index, node in enumerate(nodes if former.name else ()):
         node.name = f"{former.name}/{node.op_type}_{index}"
 
 
