@@ -24,7 +24,7 @@ def name_by_module(model: ir.Model) -> None:
 
 
 def name_after(former: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Name the nodes that take a node's place, each apart. Where that has no name the graph gives them some."""
+    """Name the nodes that take a node's place, each apart; where that has no name the graph names them."""
     for index, node in enumerate(nodes if former.name else ()):
         node.name = f"{former.name}/{node.op_type}_{index}"
 
