@@ -15,7 +15,7 @@ TERMS = {
     "TTFT": "time to first token: from the request to its first token, the prompt computed whole",
     "TPOT": "time per output token: mean of the steps after the first token; p95 over all steps of all runs",
     "load": "from the start of loading to ready; first: TTFT of the first request after it",
-    "swap": "time of a request that goes into loading graphs, with --unload-prefill; in neither of the former",
+    "swap": "time of a request that loads graphs, with --unload-prefill; in neither of the former",
     "PSS": "proportional set size, pages that are mapped twice counted once; RSS counts them twice",
     "GB/s": "bytes of weights that a step reads over TPOT, and that as a share of what a probe reads",
     "same tokens": "leading tokens that equal those of PyTorch in fp32; few bits make other tokens in time",

@@ -21,7 +21,7 @@ INK = "#808691"  # reads on white and on black
 OURS, OTHERS = "#3b82f6", "#94a3b8"
 LINES = "#3b82f6 #f59e0b #10b981 #ef4444 #a855f7 #06b6d4 #ec4899 #84cc16 #f97316 #6366f1".split()
 PHASES = {"prefill": "#3b82f6", "decode": "#10b981"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
