@@ -125,9 +125,8 @@ class Preprocessor(Frozen):
         try:
             return cls(**_steps(Options.model_validate(values)))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            _unread(f"{kind}: {where}: {first['msg']}", f"put {CONFIG} right")
+            name = str(error.errors()[0]["loc"][0])
+            _unread(f"{kind}: {name} is {values.get(name)!r}", f"put {CONFIG} right")
 
     def pixel_values(self, images: Sequence[Source]) -> Floats:
         """float32 [B, 3, H, W] of `images` (see `open_image`), bit for bit those of transformers' `...Pil`.
