@@ -1,109 +1,168 @@
-"""The page of a benchmark: whole, self-contained, and drawn by a browser without a complaint."""
+"""The benchmark page: what it says, that it stands alone, and that odd reports do not break it."""
 
 from __future__ import annotations
 
+import builtins
 import re
-import shutil
-import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime.bench.page import headline, page
-from runtime.bench.report import Hotspot, Machine, Memory, Profile, Report, Result, Run, Setting
-from runtime.bench.table import cells, columns
+from runtime.bench.report import Memory, Report, Result, Setting
+from runtime.errors import StillgraphError
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    " --disable-component-update --disable-sync --enable-logging=stderr --window-size=1100,5000"
-).split()
-# Writes, for each plot, whether it has an area on the screen.
-BOXES = """<script>document.title = [...document.querySelectorAll("svg")].map(svg => {
-const box = svg.getBoundingClientRect(); return box.width > 200 && box.height > 50; }).join(" ");</script>"""
+sys.path.insert(0, str(Path(__file__).parent))
+import example
+
+pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
 
-def run(turn: int, scale: float) -> Run:
-    return Run(
-        turn=turn, load_ms=500 * scale, first_ttft_ms=90 * scale, ttft_ms=80 * scale + turn,
-        step_ms=tuple(10 * scale + step / 10 for step in range(6)), peak_rss_mb=900, peak_pss_mb=800 * scale,
-        other_cores=0, tokens=(1, 2, 3, 4, 5, 6, 7),
-    )  # fmt: skip
+def html_of(report: Report) -> str:
+    return page(report, example.COLUMNS, example.rows(report))
 
 
-def result(name: str, scale: float, setting: Setting, **more) -> Result:
-    memory = Memory(
-        samples=((0, 50), (300, 600), (600, 800)), marks=((0, "load"), (300, "prefill"), (400, "decode"))
+@pytest.fixture(scope="module")
+def full() -> str:
+    return html_of(example.full())
+
+
+def test_headline_says_how_much_faster_and_smaller() -> None:
+    own, other = (example.result(kind, Setting(), turns=1) for kind in example.KINDS[:2])
+    other = other.model_copy(
+        update={
+            "runs": tuple(
+                run.model_copy(
+                    update={
+                        "ttft_ms": 2 * run.ttft_ms,
+                        "peak_pss_mb": 4 * (run.peak_pss_mb or 0),
+                        "step_ms": tuple(3 * ms for ms in run.step_ms),
+                    }
+                )
+                for run in own.runs
+            )
+        }
     )
-    runs = tuple(run(turn, scale) for turn in (1, 2, 3))
-    return Result(name=name, label=name, setting=setting, runs=runs, memory=memory, exact=True, **more)
+    assert headline(example.report_of(own, other)) == (
+        "Stillgraph int4 is 2.00 times as fast to the first token and 3.00 times as fast per later token as "
+        "llama.cpp Q4_0, with 75 % less memory (peak PSS)."
+    )
 
 
-def report(*settings: Setting, **more) -> Report:
-    results = [
-        found
-        for setting in settings
-        for found in (
-            result("Stillgraph <fast>", 0.5, setting, weights_mb=500, read_mb=480, versions={"ort": "1"}),
-            result("torch", 1.0, setting),
-            Result(name="gone", label="gone", setting=setting, note="it was killed"),
-        )
-    ]
-    machine = Machine(cpu="a CPU", cores=2, memory_gb=24, system="Linux", bandwidth=30)
-    return Report(
-        date="2026-01-01", command="stillgraph bench <b>", model="m", machine=machine, reference="torch",
-        turns=3, results=tuple(results), **more,
-    )  # fmt: skip
+def test_page_stands_alone(full: str) -> None:
+    assert "<script" not in full
+    assert not re.search(r'(src|href)="(?!#|data:)', full)
+    assert not re.search(r"url\((?!#)|@import", full)
 
 
-SPOTS = (Hotspot(name="MatMul", ms=5.0, calls=3), Hotspot(name="layer 0", ms=2.0, calls=1))
-PROFILE = Profile(graph="decode", runs=4, total_ms=8.0, by_op=SPOTS, by_layer=SPOTS)
-SWEEP = (Setting(), Setting(prompt_tokens=512))
-
-
-def html(found: Report) -> str:
-    return page(found, columns(found), [cells(row, found) for row in found.results])
-
-
-@pytest.mark.parametrize(
-    ("found", "plots"),
-    [
-        (report(Setting()), 5),
-        (report(*SWEEP), 7),
-        (report(Setting(), profiles=(PROFILE,)), 6),
-    ],
-)
-def test_every_plot_is_there_and_nothing_is_fetched(found, plots) -> None:
-    text = html(found)
-    assert text.count("<svg") == plots
-    assert not re.findall(r"(?:src|href)=\"(?!#)", re.sub(r"xmlns:xlink=\"[^\"]*\"", "", text))
-    assert "it was killed" in text
-    assert "Stillgraph &lt;fast&gt;" in text
-    assert "<fast>" not in text
-    ids = re.findall(r'<clipPath id="([^"]+)"', text)
+def test_ids_are_unique_and_references_lead_somewhere(full: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', full)
     assert len(ids) == len(set(ids))
+    used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', full)
+    assert used
+    assert {a or b for a, b in used} <= set(ids)
 
 
-def test_the_headline_is_in_ratios() -> None:
-    told = headline(report(Setting()))
-    assert told.startswith("Stillgraph <fast> takes 0.51 of the TTFT, 0.51 of the TPOT, 0.50 of the peak PSS")
+def test_tags_balance(full: str) -> None:
+    void, stack = {"meta", "link"}, []
+
+    class Balance(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            if tag not in void:
+                stack.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert stack.pop() == tag
+
+        def handle_startendtag(self, tag: str, attrs: Any) -> None:
+            pass
+
+    Balance().feed(full)
+    assert not stack
 
 
-def test_a_report_without_runs_is_a_page() -> None:
-    gone = Result(name="gone", label="gone", setting=Setting(), note="it was killed")
-    found = Report(**(report(Setting()).model_dump() | {"results": (gone,)}))
-    assert "it was killed" in html(found)
-    assert "<svg" not in html(found)
+def test_plots_of_every_kind_with_searchable_text(full: str) -> None:
+    titles = re.findall(r"<figcaption><h3>(.*?)</h3>", full)
+    assert titles == [
+        "Time to first token",
+        "Time per output token",
+        "Peak memory",
+        "Time per token over position",
+        "Memory over time",
+        "TTFT over tokens of the prompt",
+        "TPOT over tokens of the prompt",
+        "prefill: time by op type",
+        "prefill: time by layer",
+        "decode: time by op type",
+        "decode: time by layer",
+    ]
+    for word in ("MatMulNBits", "llama.cpp Q4_0", "decode"):
+        assert re.search(rf"<text[^>]*>{re.escape(word)}</text>", full)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_draws_it(tmp_path, dark) -> None:
-    text = html(report(*SWEEP, profiles=(PROFILE,)))
-    (tmp_path / "bench.html").write_text(text.replace("</body>", BOXES + "</body>"), encoding="utf-8")
-    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    command = [str(CHROMIUM), *FLAGS, *scheme, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([*command, f"file://{tmp_path / 'bench.html'}"], capture_output=True, text=True)
-    title = re.search("<title>(.*?)</title>", done.stdout)
-    assert title is not None
-    assert title[1].split() == ["true"] * 8
-    assert "CONSOLE" not in done.stderr
+def test_failed_contender_says_why(full: str) -> None:
+    assert "not measured: no wheel for Python 3.11; pip install mlc" in full
+
+
+def test_text_is_escaped() -> None:
+    bad = example.result(example.KINDS[0], Setting(), label="<b>&x")
+    html = html_of(example.report_of(bad, command="a <script> b"))
+    assert "<script>" not in html
+    assert "<b>" not in html
+
+
+def test_page_is_reproducible(full: str) -> None:
+    assert html_of(example.full()) == full
+
+
+KIND, SETTING = example.KINDS[0], Setting()
+ODD = {
+    "nothing": [],
+    "no runs": [Result(name="a", label="A", setting=SETTING)],
+    "one run": [example.result(KIND, SETTING, turns=1)],
+    "no PSS": [
+        example.result(kind, SETTING, runs=(example.run(0, kind, pss=False),), memory=None)
+        for kind in example.KINDS[:2]
+    ],
+    "no PSS of one": [
+        example.result(KIND, SETTING),
+        example.result(example.KINDS[1], SETTING, runs=(example.run(0, KIND, pss=False),)),
+    ],
+    "one token": [example.result(kind, Setting(new_tokens=1)) for kind in example.KINDS[:2]],
+    "two tokens": [example.result(KIND, Setting(new_tokens=2))],
+    "no samples": [example.result(KIND, SETTING, memory=Memory(samples=(), marks=()))],
+    "one sample, no marks": [example.result(KIND, SETTING, memory=Memory(samples=((1.0, 2.0),), marks=()))],
+    "reference failed": [
+        example.result(KIND, SETTING),
+        Result(name="llama-q4_0", label="L", setting=SETTING, note="killed"),
+    ],
+    "dollar signs": [example.result(KIND, SETTING, label="a $x_1$ b")],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_odd_reports(name: str) -> None:
+    html = html_of(example.report_of(*ODD[name]))
+    assert html.rstrip().endswith("</html>")
+    assert "nan" not in re.sub(r"<[^>]*>", "", html)
+
+
+def test_dollar_signs_are_no_formula() -> None:
+    assert ">a $x_1$ b</text>" in html_of(example.report_of(*ODD["dollar signs"]))
+
+
+def test_missing_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(StillgraphError, match=r"pip install 'stillgraph\[bench\]'"):
+        html_of(example.report_of(example.result(KIND, SETTING)))
