@@ -13,7 +13,7 @@ from runtime.bench.plots import figures
 from runtime.bench.report import Report, Result, ratio
 
 GLOSSARY = (
-    ("TTFT", "time to first token: from the request to its first token, in ms"),
+    ("TTFT", "time to first token: from the request to its first token, in ms; of a run, of three requests"),
     ("TPOT", "time per output token: mean time of the tokens after the first, in ms"),
     ("p95", "what 95 % of all steps of all runs stay within"),
     ("tokens/s", "new tokens of the whole request, its prompt included, over its time"),

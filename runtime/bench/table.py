@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from runtime.bench.chart import charts
 from runtime.bench.report import Report, Result, Run, Setting, Spread, ratio, tpot_percentile
 from runtime.bench.turns import DISTURBED
 
@@ -52,13 +53,14 @@ def by_setting(report: Report) -> dict[Setting, list[Result]]:
 
 
 def markdown(report: Report) -> str:
-    """The table for a README, and below it what it stands on; of a sweep one table a setting."""
+    """The table for a README, its charts, and what it stands on; of a sweep one table a setting."""
     parts = []
     for setting, results in by_setting(report).items():
         rows = [brief(result, report) for result in results]
         lines = ["| " + " | ".join(row) + " |" for row in [BRIEF, *rows]]
         lines.insert(1, "|---" * len(BRIEF) + "|")
         parts.append("\n".join([told(setting) + ":\n", *lines]))
+    parts += charts(report)
     machine = report.machine
     parts.append(
         f"Median (least-most) of {report.turns} turns, ratios to {report.reference} within a turn."

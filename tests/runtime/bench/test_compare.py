@@ -134,6 +134,16 @@ def test_a_table_has_every_cell_of_rows_with_and_without_runs() -> None:
     assert "stillgraph bench" in text
 
 
+def test_a_markdown_report_has_a_chart_of_each_measure() -> None:
+    text = markdown(
+        report(result("torch", run(1), run(2)), result("gone", note="it fell over"), result("b", run(1)))
+    )
+    assert text.count("```mermaid") == 3
+    assert text.count('x-axis ["torch", "b"]') == 3
+    assert "bar [2.0, 2.0]" in text
+    assert "mermaid" not in markdown(report(result("torch", run(1))))
+
+
 def test_a_report_survives_its_file() -> None:
     found = report(result("torch", run(1)))
     assert Report.model_validate_json(found.to_json()) == found

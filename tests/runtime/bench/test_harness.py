@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from runtime.bench.contender import Contender
-from runtime.bench.harness import Request, measure
+from runtime.bench.harness import Request, main, measure
 from runtime.bench.turns import TurnFailed, run_once, take_turn
 
 CONTENDER = """
@@ -57,6 +58,19 @@ def test_the_uncounted_run_samples_memory(tmp_path) -> None:
     ]  # fmt: skip
     assert [at for at, _ in memory.marks] == sorted(at for at, _ in memory.marks)
     assert memory.marks[0][0] >= 0
+
+
+def test_ttft_is_the_median_of_three_requests(tmp_path, monkeypatch) -> None:
+    """Prefills of 9, 2, 1 and 5 seconds by the clock: the first warms up, the slow one is not the figure."""
+    monkeypatch.setattr("time.clock", [0.0], raising=False)
+    monkeypatch.setattr("time.prefills", [9.0, 2.0, 1.0, 5.0], raising=False)
+    monkeypatch.setattr("time.perf_counter", lambda: time.clock[0])  # type: ignore[attr-defined]
+    slow = contender(tmp_path, body="time.clock[0] += 0.5 if index else time.prefills.pop(0)")
+    row = main(str(slow.file), request())
+    assert row["first_ttft_ms"] == pytest.approx(9000)
+    assert row["ttft_ms"] == pytest.approx(2000)
+    assert row["step_ms"] == pytest.approx([500, 500, 500])
+    assert len(row["tokens"]) == 4
 
 
 class Swapping:
