@@ -24,7 +24,7 @@ def portable_attention(
     query: Tensor,  # [B, H, S, D]
     key: Tensor,  # [B, KV, C, D]
     value: Tensor,  # [B, KV, C, D]
-    attention_mask: Tensor,  # [B, 1, G * S, C], or [B, 1, 1, C] where S is 1
+    attention_mask: Tensor | None,  # [B, 1, G * S, C], or [B, 1, 1, C] where S is 1; None hides nothing
     scaling: float,
     softcap: float | None = None,
     **_: Any,
@@ -37,6 +37,8 @@ def portable_attention(
     scores = torch.matmul(query, key.transpose(2, 3))  # [B, KV, G * S, C]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(value.dtype)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     output = torch.matmul(weights, value).reshape(batch, heads, slots, size)
     return output.transpose(1, 2), None

@@ -13,7 +13,14 @@ from pydantic import ValidationError
 
 from export import weights
 from export.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_json
-from export.config import ExportConfig, Say, check_fits_bundle, check_heads, check_positions
+from export.config import (
+    ExportConfig,
+    Say,
+    check_fits_bundle,
+    check_heads,
+    check_positions,
+    with_pictures,
+)
 from export.convert import convert
 from export.lowering import Plan, lower
 from export.node_names import name_the_rest
@@ -51,11 +58,14 @@ class Traced:
     steps: list[dict[str, str | int | float]]
 
 
-def export(config: ExportConfig, shapes: list[GraphShape], replace: bool, say: Say) -> Manifest:
+def export(
+    config: ExportConfig, shapes: list[GraphShape], replace: bool, say: Say, vision: bool | None = False
+) -> Manifest:
     """Export graphs into the bundle at `config.place`; with `replace` they make a new one.
 
-    say is called with what is being done. Raises StillgraphError for bad input and CheckFailed where a graph
-    does not pass its checks; in either case the former bundle is as it was.
+    say is called with what is being done; vision: see `config.with_pictures`. Raises StillgraphError for bad
+    input and CheckFailed where a graph does not pass its checks; in either case the former bundle is as it
+    was.
     """
     say("reading the checkpoint")
     checkpoint = open_checkpoint(config.model)
@@ -64,6 +74,7 @@ def export(config: ExportConfig, shapes: list[GraphShape], replace: bool, say: S
     if former is not None:
         check_files(config.place, former)
     check_heads(checkpoint.spec, config.target)
+    shapes = with_pictures(config, checkpoint.spec, shapes, vision)
     for shape in shapes:
         check_positions(checkpoint.spec, shape)
         if former is not None:
@@ -95,8 +106,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
     say(f"simplifying {shape.name}")
     after, steps = simplify(model, shape.grows)
     if config.quantisation is not None:
-        fast = config.quantisation.fast_prefill and shape.role == "prefill"
-        plan = Plan(config.target, config.precision, config.quantisation, fast)
+        plan = Plan.of(config.target, config.precision, config.quantisation, shape.role, checkpoint.tied)
         lower(before, recipes, plan)
         recipes = lower(after, recipes, plan)
         after = check(after)

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from export import picture
+from export.parity import TextKind
 from export.stories import held_out
 from runtime.errors import StillgraphError
 from runtime.manifest import Manifest
@@ -17,7 +19,6 @@ from runtime.manifest import Manifest
 STEPS = 3  # decode steps after each prompt
 ROW_STAGGER = 5  # rows of a batch differ by this many prompt tokens
 Depth = Literal["quick", "default", "full"]
-TextKind = Literal["random", "text"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,29 @@ def make_plans(manifest: Manifest, depth: Depth) -> list[Plan]:
     """Which prompts are run in which setting."""
     prompts = tuple(edges(manifest))
     walk = (min(limit(manifest) - 1, max_len(manifest) or 1),) if manifest.graph("decode") else ()
+    seen = pictured(manifest)
     if depth == "quick":
-        return [Plan("random", True, prompts, ())]
+        return [Plan("random", True, prompts, ()), *[plan for plan in seen if plan.optimised]]
     everywhere = walk if depth == "full" else ()
     return [
         Plan("random", False, prompts, everywhere),
         Plan("random", True, prompts, walk),
         Plan("text", False, prompts, everywhere) if depth == "full" else Plan("text", False, prompts[:1], ()),
         Plan("text", True, prompts, everywhere),
+        *seen,
     ]
+
+
+def pictured(manifest: Manifest) -> list[Plan]:
+    """A text with a picture, cut behind it and, where there is room, at the edges; none without its graph."""
+    vision = manifest.model.vision
+    if vision is None or manifest.graph("vision") is None or manifest.graph("prefill") is None:
+        return []
+    first = picture.end(vision) + 1
+    if first >= limit(manifest) or (first > (max_len(manifest) or 0) and not continues(manifest)):
+        return []
+    prompts = tuple(sorted({first, *(prompt for prompt in edges(manifest) if prompt > first)}))
+    return [Plan("picture", optimised, prompts, ()) for optimised in (False, True)]
 
 
 def edges(manifest: Manifest) -> Iterator[int]:
@@ -69,12 +84,12 @@ def continues(manifest: Manifest) -> bool:
 
 def limit(manifest: Manifest) -> int:
     """The longest text the bundle can hold: ctx, or P of a prefill alone that continues nothing."""
-    return max(graph.shape.limit for graph in manifest.graphs.values())
+    return max(graph.shape.limit for graph in manifest.graphs.values() if graph.shape.caches)
 
 
 def rows(manifest: Manifest) -> int:
     """Rows of every graph of the bundle."""
-    return next(iter(manifest.graphs.values())).shape.batch
+    return next(graph.shape.batch for graph in manifest.graphs.values() if graph.shape.caches)
 
 
 def positions(manifest: Manifest, plan: Plan) -> set[int]:
@@ -92,7 +107,9 @@ def positions(manifest: Manifest, plan: Plan) -> set[int]:
 
 def random_ids(manifest: Manifest) -> np.ndarray:
     """Seeded ids over the whole vocabulary, int64 [B, limit]; every row its own."""
-    return np.random.default_rng(0).integers(0, manifest.model.vocab_size, (rows(manifest), limit(manifest)))
+    shape = rows(manifest), limit(manifest)
+    ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, shape)
+    return picture.without_pictures(ids, manifest.model.vision)
 
 
 def text_ids(bundle: Path, manifest: Manifest) -> np.ndarray:

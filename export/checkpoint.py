@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 
 from export.families import Family, families
 from runtime.errors import StillgraphError
@@ -20,6 +22,7 @@ from runtime.spec import ModelSpec
 
 STAGE = "read checkpoint"
 DEMO = Path(__file__).parent / "demo_checkpoint"
+HEAD = "lm_head.weight"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 CARRIED = (
@@ -28,6 +31,8 @@ CARRIED = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -39,7 +44,11 @@ class Checkpoint:
     folder: Path
     family: Family
     config: Any
-    files: dict[str, Path]  # tensor name to the safetensors file that holds it
+    files: dict[str, Path]  # tensor name, as the model has it, to the safetensors file that holds it
+    stored: dict[str, str] = field(
+        default_factory=dict
+    )  # that name to the one in the file, where they differ
+    tied: str | None = None  # the tensor that is embedding and head in one
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -48,7 +57,7 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, mapped from its file, in the checkpoint's dtype."""
         with safe_open(self.files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(self.stored.get(name, name))
             return tensor
 
     def build(self, attention: str) -> torch.nn.Module:
@@ -105,9 +114,36 @@ def open_checkpoint(model: str) -> Checkpoint:
         config = family.config(raw)
     if reason := family.refuse(config):
         raise StillgraphError(STAGE, f"{model}: {reason} is not supported", "export another checkpoint")
-    checkpoint = Checkpoint(model, folder, family, config, dict(_tensor_files(folder)))
-    _check_tensors(checkpoint)
+    with torch.device("meta"), _valid_config(model):
+        built = family.build(config)
+    found = dict(_tensor_files(folder))
+    names = model_names(built, found)
+    checkpoint = Checkpoint(
+        model,
+        folder,
+        family,
+        config,
+        files={name: found[stored] for name, stored in names.items()},
+        stored={name: stored for name, stored in names.items() if name != stored},
+        tied=next((name for other, name in parameter_names(built).items() if other == HEAD != name), None),
+    )
+    _check_tensors(checkpoint, built)
     return checkpoint
+
+
+def parameter_names(model: torch.nn.Module) -> dict[str, str]:
+    """Each name of a parameter, and the one that the checkpoint has it by: tied ones have several."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """The model's name of each tensor of a checkpoint to its name there.
+
+    Checkpoints keep the names that they were published with; transformers knows what has become of them.
+    """
+    renamings = get_model_conversion_mapping(model)
+    return {rename_source_key(name, renamings, [])[0]: name for name in stored}
 
 
 @contextlib.contextmanager
@@ -175,9 +211,7 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield from ((name, path) for name in names)
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    with torch.device("meta"), _valid_config(checkpoint.id):
-        model = checkpoint.family.build(checkpoint.config)
+def _check_tensors(checkpoint: Checkpoint, model: Any) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(expected)
     remedy = "export a checkpoint that fits its config.json"
@@ -190,7 +224,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             )
     for name, shape in expected.items():
         with safe_open(checkpoint.files[name], framework="pt") as file:
-            found = tuple(file.get_slice(name).get_shape())
+            found = tuple(file.get_slice(checkpoint.stored.get(name, name)).get_shape())
         if found != shape:
             problem = (
                 f"{checkpoint.id}: tensor {name} has shape {list(found)} where config.json says {list(shape)}"

@@ -126,6 +126,37 @@ def dynamic_shape(config: ExportConfig, ctx: int) -> GraphShape:
     return GraphShape(role="dynamic", slots=ctx, ctx=ctx)
 
 
+def with_pictures(
+    config: ExportConfig, spec: ModelSpec, shapes: Sequence[GraphShape], vision: bool | None
+) -> list[GraphShape]:
+    """The graphs of a model that takes pictures: its prefill has an embed graph before it.
+
+    vision: whether the graph of the pictures themselves is wanted; None where there is one. Raises
+    StillgraphError for a model without, and for a prompt that no picture fits into.
+    """
+    if spec.vision is None:
+        if vision:
+            problem = f"{config.model}: a {spec.architecture} takes no pictures"
+            raise StillgraphError(STAGE, problem, "export prefill and decode, which are all of it")
+        return list(shapes)
+    found = list[GraphShape]()
+    for shape in shapes:
+        if shape.role == "prefill":
+            found.append(GraphShape(role="embed", batch=shape.batch, slots=shape.slots))
+            shape = shape.model_copy(update={"embeds": True})
+        if shape.grows:
+            problem = f"a dynamic graph of a {spec.architecture} is not made"
+            raise StillgraphError(STAGE, problem, "export a static bundle")
+        if shape.limit <= spec.vision.image_tokens:
+            option = f"--ctx {shape.limit}" if shape.ctx else f"--max-len {shape.limit} without --ctx"
+            problem = f"{option} has no room for a picture of {spec.vision.image_tokens} tokens"
+            raise StillgraphError(STAGE, problem, "raise it")
+        found.append(shape)
+    if vision is not False:
+        found.append(GraphShape(role="vision", slots=spec.vision.image_tokens))
+    return found
+
+
 def with_one_slack(shapes: Sequence[GraphShape]) -> list[GraphShape]:
     """Graphs of one bundle share their cache buffers, so all get the largest slack that one of them needs."""
     slacks = [shape.slack for shape in shapes if shape.slack is not None]
@@ -142,7 +173,7 @@ def check_heads(spec: ModelSpec, target: Target) -> None:
 
 def check_positions(spec: ModelSpec, shape: GraphShape) -> None:
     """Refuse a graph whose positions the model was not made for. Raises StillgraphError."""
-    if shape.limit > spec.max_position_embeddings:
+    if shape.caches and shape.limit > spec.max_position_embeddings:
         option = "--ctx" if shape.ctx else "--max-len"
         problem = f"{option} {shape.limit} is over the model's max_position_embeddings"
         problem += f" of {spec.max_position_embeddings}"
@@ -160,7 +191,7 @@ def check_fits_bundle(
         "quantisation": (config.quantisation, former.quantisation),
     }
     for entry in former.graphs.values():
-        if entry.shape.role != shape.role:
+        if entry.shape.role != shape.role and shape.caches and entry.shape.caches:
             growing = {True: "growing", False: "static"}
             pairs["lengths"] = (growing[shape.grows], growing[entry.shape.grows])
             pairs["batch"] = (shape.batch, entry.shape.batch)

@@ -13,10 +13,11 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from export.attention import portable_attention
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, parameter_names
 from export.graphs import GRAPHS
 from export.node_names import name_by_module
-from patches.patch import applied
+from patches.half_weights import HALF_LINEAR
+from patches.patch import Patch, applied
 from runtime.manifest import Precision, Target
 from runtime.spec import NEW, PAST, GraphShape, Port, input_ports, output_ports
 
@@ -34,9 +35,10 @@ def convert(checkpoint: Checkpoint, shape: GraphShape, target: Target, precision
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
-    patches = checkpoint.family.patches(checkpoint.config, target, precision)
+    patches = _patches(checkpoint, shape, target, precision)
     with registered_attention(), applied(patches), quiet():
-        module = GRAPHS[shape.role](checkpoint.build(ATTENTION), spec, shape).eval()
+        model = checkpoint.build(ATTENTION)
+        module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
         program = torch.onnx.export(
             module,
             tuple(example(port) for port in inputs),
@@ -52,9 +54,7 @@ def convert(checkpoint: Checkpoint, shape: GraphShape, target: Target, precision
     if shape.grows:  # the tracer calls the length of the outputs by a formula
         for value, port in zip(program.model.graph.outputs, outputs, strict=True):
             value.shape = ir.Shape(port.shape)
-    _name_weights(
-        program.model, set(checkpoint.files), getattr(checkpoint.config, "tie_word_embeddings", False)
-    )
+    _name_weights(program.model, parameter_names(model))
     name_by_module(program.model)
     return program.model
 
@@ -74,13 +74,19 @@ def lengths(inputs: Sequence[Port]) -> tuple[object, ...]:
     return first, tuple(rest)
 
 
-def _name_weights(model: ir.Model, names: set[str], tied: bool) -> None:
+def _patches(
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision
+) -> tuple[Patch, ...]:
+    """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most."""
+    if shape.role == "vision":
+        return (HALF_LINEAR,) if precision == "fp16" else ()
+    return checkpoint.family.patches(checkpoint.config, target, precision)
+
+
+def _name_weights(model: ir.Model, names: dict[str, str]) -> None:
     initializers = model.graph.initializers
     for traced, value in list(initializers.items()):
-        name = traced.removeprefix(PARAMETER_PREFIX)
-        if tied and name == "lm_head.weight":
-            name = "model.embed_tokens.weight"
-        if name not in names:
+        if (name := names.get(traced.removeprefix(PARAMETER_PREFIX))) is None:
             continue
         del initializers[traced]
         if name in initializers:  # the head of a tied pair

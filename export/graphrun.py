@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from export import picture
 from export.session import open_graph, run
 from runtime.manifest import GraphEntry, Manifest
 from runtime.spec import past_names, present_names
@@ -22,10 +23,14 @@ class GraphRun:
     """A bundle's graphs, one of them in memory at a time.
 
     optimised: as a runtime would run them, ONNX Runtime's own optimisations on and quantised weights in the
-    kernels that are made for them; else every op as it is written.
+    kernels that are made for them; else every op as it is written. features: of the picture in the text, as
+    `export.picture` puts it there.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, optimised: bool) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, optimised: bool, features: np.ndarray | None = None
+    ) -> None:
+        self.features = features
         self.bundle, self.manifest, self.optimised = bundle, manifest, optimised
         self.layers = range(len(manifest.model.layers))
         cached = manifest.graph("decode") or manifest.graph("prefill")
@@ -61,7 +66,7 @@ class GraphRun:
             chunk = np.full((len(self.rows), slots), self.manifest.tokens.pad or 0, np.int64)
             for row in self.rows:
                 chunk[row, : count[row]] = ids[row, done[row] : done[row] + count[row]]
-            feeds = {"input_ids": chunk, "prompt_length": count}
+            feeds = self._tokens(graph, chunk, done) | {"prompt_length": count}
             if graph.shape.ctx is not None:
                 feeds |= {"past_length": done, **cache}
             logits = self._call(graph, feeds, cache, lengths)
@@ -72,6 +77,20 @@ class GraphRun:
         """Feed one token a row, ids [B], behind the `lengths` [B] that are there; logits [B, V]."""
         graph = self._graph("decode")
         return self._call(graph, {"input_ids": ids[:, None], "past_length": lengths, **cache}, cache, lengths)
+
+    def _tokens(self, graph: GraphEntry, chunk: np.ndarray, past: np.ndarray) -> dict[str, np.ndarray]:
+        """A prefill's ids [B, P] as it takes them, the first of each row at position `past` [B]."""
+        if not graph.shape.embeds:
+            return {"input_ids": chunk}
+        embed = self.manifest.graph("embed")
+        assert embed is not None
+        pack = self.optimised and self.manifest.quantisation is not None
+        session = open_graph(self.bundle / embed.file.path, self.optimised, pack)
+        (embeddings,) = session.run(None, {"input_ids": chunk})
+        if self.features is not None:
+            for row in self.rows:
+                picture.fill(embeddings[row], int(past[row]), self.features)
+        return {"inputs_embeds": embeddings}
 
     def _graph(self, role: str) -> GraphEntry:
         graph = self.manifest.graph(role)

@@ -1,8 +1,8 @@
-"""The graphs as modules: prefill takes a prompt at once, decode one token, dynamic both.
+"""The graphs as modules: prefill takes a prompt, decode one token, dynamic both; vision takes pictures.
 
 They call the unchanged model of transformers with a `StaticCache`, positions and masks of their own; what is
 traced below that is the model's code. Shapes: B batch, P prompt slots, S token slots, C cache slots,
-V vocabulary; of the dynamic graph T past tokens.
+V vocabulary; of the dynamic graph T past tokens; of the vision graph N pictures, T features of each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from export.attention import additive_mask
 from export.cache import StaticCache, visible
+from export.families import Family
 from export.fused_cache import FusedCache
 from export.growing_cache import GrowingCache
 from runtime.spec import GraphShape, ModelSpec
@@ -31,21 +32,29 @@ def masks(spec: ModelSpec, positions: Tensor, slots: int) -> dict[str, Tensor]:
 class Graph(nn.Module):
     """A causal language model as a function of tensors of fixed shapes."""
 
-    def __init__(self, model: Any, spec: ModelSpec, shape: GraphShape) -> None:
+    def __init__(self, model: Any, family: Family, spec: ModelSpec, shape: GraphShape) -> None:
         super().__init__()
         self.model: Any = model  # of transformers, which is not typed
-        self.spec, self.shape = spec, shape
-        self.rotary = {} if shape.slack is None else rotary_tables(model, spec, shape)
+        self.family, self.spec, self.shape = family, spec, shape
+        self.rotary = {} if shape.slack is None else rotary_tables(model, family, spec, shape)
+
+    @property
+    def decoder(self) -> Any:
+        """Not an attribute: a module has one name, after which its weights are called."""
+        return self.family.decoder(self.model)
 
     def step(
         self,
-        input_ids: Tensor,
+        tokens: Tensor,
         past_length: Tensor | None,
         new_length: Tensor | None,
         past: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
-        """Run the decoder over `input_ids` [B, S]: (logits [B, 1, V], key, value of layer 0, key, ...)."""
-        positions = torch.arange(input_ids.shape[1])[None, :].expand(input_ids.shape[0], -1)
+        """Run the decoder over ids [B, S] or embeddings [B, S, hidden].
+
+        Returns (logits [B, 1, V], key, value of layer 0, key, ...).
+        """
+        positions = torch.arange(tokens.shape[1])[None, :].expand(tokens.shape[0], -1)
         attention_masks: dict[str, Tensor | None]
         buffers = list(zip(past[::2], past[1::2], strict=True)) if past else None
         cache: StaticCache | FusedCache
@@ -60,9 +69,9 @@ class Graph(nn.Module):
                 positions = positions + past_length[:, None]
             cache = StaticCache(buffers, past_length, new_length)
             attention_masks = {**masks(self.spec, positions, self.shape.limit)}
-        hidden = self.model.model(
-            input_ids=input_ids,
-            attention_mask=attention_masks,
+        hidden = self.decoder(
+            **{"inputs_embeds" if self.shape.embeds else "input_ids": tokens},
+            attention_mask=self.family.masks(self.model.config, attention_masks),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -74,24 +83,24 @@ class Graph(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [B, 1, V] of hidden states [B, 1, hidden], soft-capped as in `Gemma3ForCausalLM.forward`."""
         logits: Tensor = self.model.lm_head(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def rotary_tables(model: Any, spec: ModelSpec, shape: GraphShape) -> dict[str, tuple[Tensor, Tensor]]:
+def rotary_tables(
+    model: Any, family: Family, spec: ModelSpec, shape: GraphShape
+) -> dict[str, tuple[Tensor, Tensor]]:
     """cos and sin [R, D / 2] of each layer kind for every position and a padded chunk behind the last.
 
     They are what the model's own rotary embedding gives; both halves of its [R, D] are the same.
     """
     positions = torch.arange(shape.limit + (shape.slack or 0))[None]
     half = spec.head_dim // 2
-    return {
-        kind: tuple(
-            table[0, :, :half].contiguous()
-            for table in model.model.rotary_emb(torch.zeros(1), positions, kind)
-        )
-        for kind in sorted({layer.kind for layer in spec.layers})
-    }
+    tables: dict[str, tuple[Tensor, Tensor]] = {}
+    for kind in sorted({layer.kind for layer in spec.layers}):
+        cos, sin = family.rotary(family.decoder(model).rotary_emb, positions, kind)
+        tables[kind] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    return tables
 
 
 def last_valid(hidden: Tensor, length: Tensor) -> Tensor:
@@ -105,9 +114,9 @@ def last_valid(hidden: Tensor, length: Tensor) -> Tensor:
 class PrefillGraph(Graph):
     """`max_len` right-padded token slots, from nothing or continuing a cache of `ctx` slots."""
 
-    def forward(self, input_ids: Tensor, prompt_length: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, prompt_length: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
         past_length, past = (cache[0], cache[1:]) if cache else (None, ())
-        return self.step(input_ids, past_length, prompt_length, past)
+        return self.step(tokens, past_length, prompt_length, past)
 
 
 class DecodeGraph(Graph):
@@ -125,9 +134,9 @@ class DynamicGraph(Graph):
         cache = GrowingCache(list(zip(past[::2], past[1::2], strict=True)))
         length, new = cache.get_seq_length(), input_ids.shape[1]
         positions = torch.arange(length, length + new)[None]
-        hidden = self.model.model(
+        hidden = self.decoder(
             input_ids=input_ids,
-            attention_mask=masks(self.spec, positions, length + new),
+            attention_mask=self.family.masks(self.model.config, masks(self.spec, positions, length + new)),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -136,4 +145,26 @@ class DynamicGraph(Graph):
         return self.head(hidden[:, -1:]), *(tensor for pair in present for tensor in pair)
 
 
-GRAPHS: dict[str, type[Graph]] = {"prefill": PrefillGraph, "decode": DecodeGraph, "dynamic": DynamicGraph}
+class EmbedGraph(Graph):
+    """Ids [B, P] to embeddings [B, P, hidden], as the decoder makes them."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeddings: Tensor = self.decoder.embed_tokens(input_ids)
+        return embeddings
+
+
+class VisionGraph(Graph):
+    """Pictures [N, 3, H, W] to features [N, T, hidden]: tower and projector."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        assert self.family.features is not None
+        return self.family.features(self.model, pixel_values)
+
+
+GRAPHS: dict[str, type[Graph]] = {
+    "prefill": PrefillGraph,
+    "decode": DecodeGraph,
+    "dynamic": DynamicGraph,
+    "embed": EmbedGraph,
+    "vision": VisionGraph,
+}

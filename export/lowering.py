@@ -13,6 +13,7 @@ from export.parts import Matrix, matrix_of
 from export.quantize import Bits, Format
 from export.recipe import Recipe, Weight
 from runtime.manifest import Precision, Quantisation, Target
+from runtime.spec import Role
 
 BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
 RISING: tuple[Precision, ...] = ("int4", "int8", "fp32")
@@ -27,13 +28,26 @@ class Plan:
 
     fast: products of more than one token a row take int8 activations, one scale a token, and int8 weights,
     one scale an output channel: about twice as fast, by weights that no other graph shares. On x86 CPUs
-    without VNNI sums of two such products are cut off at 16 bits, and large ones come out wrong.
+    without VNNI sums of two such products are cut off at 16 bits, and large ones come out wrong. tied: the
+    tensor that is embedding and head in one, of which a graph may have either. tower: tables, which are of
+    positions, stay as they are.
     """
 
     target: Target
     precision: Precision
     quantisation: Quantisation
     fast: bool = False
+    tied: str | None = None
+    tower: bool = False
+
+    @classmethod
+    def of(
+        cls, target: Target, precision: Precision, quantisation: Quantisation, role: Role, tied: str | None
+    ) -> Plan:
+        """The plan of a graph of a role: a tower's products are of int8, whatever the decoder's are."""
+        fast = quantisation.fast_prefill and role == "prefill"
+        tower = role == "vision"
+        return cls(target, "int8" if tower else precision, quantisation, fast, tied, tower)
 
     def precision_of(self, sources: Iterable[str], tied: bool = False) -> Precision:
         """What a weight made of these tensors of the checkpoint is stored in.
@@ -72,8 +86,8 @@ def lower(model: ir.Model, recipes: Sequence[Weight], plan: Plan) -> list[Weight
     builder = ops.Builder(graph)
     for node, matrix in sites:
         sources = matrix.recipe.sources
-        precision = plan.precision_of(sources, tied=sources in gathered & head)
-        if precision in BITS:
+        precision = plan.precision_of(sources, tied=sources in gathered & head or sources == (plan.tied,))
+        if precision in BITS and not (plan.tower and node.op_type == "Gather"):
             _replace(builder, node, Matrix(matrix.recipe, plan.form(precision)), plan)
     _declare(model, plan)
     return _still_read(graph, recipes, builder)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # of torch's exporter: the modules around a node, and its own name
 WRAPPER = "model."  # the attribute of our module that holds the model; the model calls its decoder so too
+PARTS = ("language_model.", "vision_tower.encoder.")  # of a model that takes pictures, around layers
 
 
 def name_by_module(model: ir.Model) -> None:
@@ -58,4 +59,8 @@ def _traced_module(node: ir.Node) -> str:
     """The innermost module of a node's scopes, a list in Python's notation with the node's own name last."""
     names: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     inner = names[-2] if len(names) > 1 else ""
-    return "" if inner == "model.model" else inner.removeprefix(WRAPPER).removeprefix(WRAPPER)
+    if inner == "model.model":
+        return ""
+    for prefix in (WRAPPER, WRAPPER, *PARTS):
+        inner = inner.removeprefix(prefix)
+    return inner

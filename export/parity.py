@@ -12,6 +12,7 @@ from export.compare import Comparison
 from runtime.manifest import Precision, Quality, Validation
 from runtime.spec import Frozen, ModelSpec
 
+TextKind = Literal["random", "text", "picture"]
 SMALLEST_PUBLISHED = 640  # hidden size of the smallest published Gemma 3
 HALF_ROUNDOFF = 2.0**-11  # of fp16
 ACTIVATION_ROUNDOFF = 2.0**-8  # of int8, to the largest value of a block
@@ -19,15 +20,23 @@ ACTIVATION_ROUNDOFF = 2.0**-8  # of int8, to the largest value of a block
 
 class CaseResult(Frozen):
     """One prompt and the decode steps after it. cache_errors: per layer, relative to its largest value;
-    bound: what they and the relative errors of logits may be."""
+    feature_error: of the features of the text's picture; bound: what these and the relative errors of logits
+    may be."""
 
-    text: Literal["random", "text"]
+    text: TextKind
     optimised: bool
     start: Literal["prefill", "reference cache"]
     bound: float
     prompt: int
     comparisons: tuple[Comparison, ...]
     cache_errors: tuple[float, ...]
+    feature_error: float | None = None
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Each relative error that the bound is for."""
+        features = () if self.feature_error is None else (self.feature_error,)
+        return (self.worst.relative_error, *self.cache_errors, *features)
 
     @property
     def worst(self) -> Comparison:
@@ -65,7 +74,14 @@ class Parity(Frozen):
 
     def summary(self) -> dict[str, object]:
         """What a script wants to know, as it goes into one JSON line."""
-        return self.validation().model_dump() | {"max_cache_error": self.max_cache_error}
+        errors = {"max_cache_error": self.max_cache_error, "max_feature_error": self.max_feature_error}
+        return self.validation().model_dump() | errors
+
+    @property
+    def max_feature_error(self) -> float | None:
+        """None where no case has a picture."""
+        errors = [case.feature_error for case in self.cases if case.feature_error is not None]
+        return max(errors, key=_nan_last, default=None)
 
     def validation(self) -> Validation:
         return Validation(
@@ -81,7 +97,7 @@ class Parity(Frozen):
     def problem(self) -> str | None:
         """The worst of what broke a bound, in a sentence; None where all hold."""
         if broken := [case for case in self.cases if not self.holds(case)]:
-            worst = max((max(c.worst.relative_error, *c.cache_errors) for c in broken), key=_nan_last)
+            worst = max((error for case in broken for error in case.errors), key=_nan_last)
             return f"a relative error of {worst:.2e} is over the bound of {broken[0].bound:.1e}"
         if self.quality is not None and not self.quality.passed:
             ratio = self.quality.perplexity / self.quality.original_perplexity
@@ -109,8 +125,7 @@ class Parity(Frozen):
 
     def holds(self, case: CaseResult) -> bool:
         """Whether a case is within the bound; a NaN is not."""
-        errors = (case.worst.relative_error, *case.cache_errors)
-        return all(error <= case.bound for error in errors)
+        return all(error <= case.bound for error in case.errors)
 
 
 def quality_table(quality: Quality) -> Table:
@@ -140,6 +155,7 @@ COLUMNS = (
     "top-1",
     "worst at",
     "cache",
+    "features",
 )
 
 
@@ -154,6 +170,7 @@ def case_row(case: CaseResult) -> list[str]:
         f"{worst.max_error:.1e}", f"{np.mean([c.mean_error for c in case.comparisons]):.1e}",
         f"{worst.relative_error:.1e}", f"{max(c.kl for c in case.comparisons):.1e}", f"{agreement:.0%}",
         f"{worst.position}", f"{max(case.cache_errors):.1e}",
+        "" if case.feature_error is None else f"{case.feature_error:.1e}",
     ]  # fmt: skip
 
 

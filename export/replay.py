@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from export import picture
 from export.cases import ROW_STAGGER, STEPS, Plan, continues, limit, max_len
 from export.compare import Comparison, cache_error, compare
 from export.config import Say
@@ -40,7 +41,9 @@ class Replay:
         self, bundle: Path, manifest: Manifest, truth: Reference, plan: Plan, bound: float, say: Say
     ) -> None:
         self.manifest, self.truth, self.plan, self.bound, self.say = manifest, truth, plan, bound, say
-        self.graphs = GraphRun(bundle, manifest, plan.optimised)
+        seen = picture.features(bundle, manifest, plan.optimised) if plan.text == "picture" else None
+        self.seen = seen
+        self.graphs = GraphRun(bundle, manifest, plan.optimised, seen)
         self.rows, self.layers = self.graphs.rows, self.graphs.layers
 
     def run(self) -> list[CaseResult]:
@@ -57,6 +60,12 @@ class Replay:
             for state in states:
                 self.decode(state, end)
         return [self.result(state) for state in states if state.comparisons]
+
+    def feature_error(self) -> float | None:
+        """Of the picture's features, relative to the largest; None without a picture."""
+        if self.seen is None or self.truth.features is None:
+            return None
+        return cache_error(self.truth.features, self.seen)
 
     def state(self, prompt: int, steps: int) -> State:
         """A case before its first call: slots poisoned, or the reference's cache where no prefill serves."""
@@ -98,6 +107,7 @@ class Replay:
             prompt=state.prompt,
             comparisons=tuple(state.comparisons),
             cache_errors=tuple(self.cache_error(state, layer) for layer in self.layers),
+            feature_error=self.feature_error(),
         )
 
     def cache_error(self, state: State, layer: int) -> float:

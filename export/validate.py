@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from export.cases import Depth, Plan, TextKind, limit, make_plans, positions, random_ids, text_ids
+from export.cases import Depth, Plan, limit, make_plans, positions, random_ids, text_ids
 from export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from export.config import Say
 from export.dequantised import dequantise
 from export.growing_replay import GrowingReplay
-from export.parity import CaseResult, Parity, bound
+from export.parity import CaseResult, Parity, TextKind, bound
 from export.parity_page import write_page
+from export.picture import with_picture
 from export.quality import recall, summarise, walk, walked
 from export.reference import reference
 from export.replay import Replay
@@ -40,8 +41,8 @@ def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default"
     """
     manifest = read(bundle)
     check_files(bundle, manifest)
-    if not manifest.graphs:
-        raise StillgraphError(STAGE, f"{bundle} has no graph", "export one into it")
+    if not any(graph.shape.caches for graph in manifest.graphs.values()):
+        raise StillgraphError(STAGE, f"{bundle} has no prefill and no decode graph", "export one into it")
     plans = make_plans(manifest, depth)
     proof = Proof(bundle, manifest, _checkpoint(bundle, manifest, model), depth, say)
     quality = proof.quality() if manifest.quantisation else None
@@ -95,7 +96,10 @@ class Proof:
         manifest = self.manifest
         if manifest.quantisation is None or not manifest.quantisation.fast_prefill:
             return [manifest]
-        return [manifest.model_copy(update={"graphs": {k: v}}) for k, v in manifest.graphs.items()]
+        decode = {name: graph for name, graph in manifest.graphs.items() if graph.shape.role == "decode"}
+        others = {name: graph for name, graph in manifest.graphs.items() if name not in decode}
+        parts = [manifest.model_copy(update={"graphs": graphs}) for graphs in (decode, others)]
+        return [part for part in parts if any(graph.shape.caches for graph in part.graphs.values())]
 
     def replay(self, part: Manifest, plans: list[Plan]) -> list[CaseResult]:
         """Every case of some graphs that have the same weights, against PyTorch with these weights."""
@@ -103,12 +107,14 @@ class Proof:
         model = self.checkpoint.load()
         if part.quantisation is not None:
             self.say("giving PyTorch's model the quantised weights")
-            dequantise(model, part, next(iter(part.graphs.values())).shape.role)
+            role = next(graph.shape.role for graph in part.graphs.values() if graph.shape.caches)
+            dequantise(model, part, role)
         references = {}
         for kind in dict.fromkeys(plan.text for plan in plans):
             self.say(f"PyTorch's pass over {kind} ids")
             wanted = {n for plan in plans if plan.text == kind for n in positions(part, plan)}
-            references[kind] = reference(model, self.ids(kind), wanted)
+            vision = part.model.vision if kind == "picture" else None
+            references[kind] = reference(model, self.ids(kind), wanted, vision)
         del model
         cases: list[CaseResult] = []
         runner = GrowingReplay if part.graph("dynamic") else Replay
@@ -122,7 +128,10 @@ class Proof:
         return cases
 
     def ids(self, kind: TextKind) -> np.ndarray:
-        return random_ids(self.manifest) if kind == "random" else text_ids(self.bundle, self.manifest)
+        if kind == "text":
+            return text_ids(self.bundle, self.manifest)
+        ids, vision = random_ids(self.manifest), self.manifest.model.vision
+        return with_picture(ids, vision) if kind == "picture" and vision else ids
 
 
 def _checkpoint(bundle: Path, manifest: Manifest, model: str | None) -> Checkpoint:

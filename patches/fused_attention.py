@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,16 +20,18 @@ def forward(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`Gemma3Attention.forward` over a cache that attends by itself (`attend`); positions and masks are its.
+    """`forward` of a decoder's attention over a cache that attends by itself; positions and masks are its.
 
-    The concatenation of weights is theirs alone, so it is done once, when the weights are written.
+    Queries and keys are normalised where the model has norms for them. The concatenation of weights is
+    theirs alone, so it is done once, when the weights are written.
     """
     projections = (self.q_proj, self.k_proj, self.v_proj)
     weight = torch.cat([projection.weight for projection in projections])
     bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
     sizes = [projection.weight.shape[0] for projection in projections]
     query, key, value = torch.split(functional.linear(hidden_states, weight, bias), sizes, dim=-1)
-    query, key = _per_head(self.q_norm, query), _per_head(self.k_norm, key)
+    if hasattr(self, "q_norm"):
+        query, key = _per_head(self.q_norm, query), _per_head(self.k_norm, key)
     return self.o_proj(past_key_values.attend(query, key, value, self)), None
 
 
@@ -60,4 +63,14 @@ FUSED_ATTENTION = Patch(
     reason="a token's time is reading weights: one product reads them at once, and one op moves no cache",
     upstream="https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
     remove_when="transformers' attention interface hands over queries and keys before RoPE",
+)
+LLAMA_FUSED_ATTENTION = replace(
+    FUSED_ATTENTION,
+    name="llama_fused_attention",
+    target="transformers.models.llama.modeling_llama:LlamaAttention.forward",
+)
+QWEN2_FUSED_ATTENTION = replace(
+    FUSED_ATTENTION,
+    name="qwen2_fused_attention",
+    target="transformers.models.qwen2.modeling_qwen2:Qwen2Attention.forward",
 )

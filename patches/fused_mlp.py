@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from patches.patch import Patch
 
 
 def forward(self: Any, x: Tensor) -> Tensor:
-    """`Gemma3MLP.forward`; the concatenation is of weights alone, done once when they are written."""
+    """`forward` of a gated MLP; the concatenation is of weights alone, done once when they are written."""
     weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])
-    gate, up = functional.linear(x, weight).chunk(2, dim=-1)
+    bias = None if self.gate_proj.bias is None else torch.cat([self.gate_proj.bias, self.up_proj.bias])
+    gate, up = functional.linear(x, weight, bias).chunk(2, dim=-1)
     down: Tensor = self.down_proj(self.act_fn(gate) * up)
     return down
 
@@ -27,4 +29,10 @@ FUSED_MLP = Patch(
     reason="one product quantises its input once and splits its rows over the cores once",
     upstream="https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3/modeling_gemma3.py",
     remove_when="transformers fuses gate and up itself",
+)
+LLAMA_FUSED_MLP = replace(
+    FUSED_MLP, name="llama_fused_mlp", target="transformers.models.llama.modeling_llama:LlamaMLP.forward"
+)
+QWEN2_FUSED_MLP = replace(
+    FUSED_MLP, name="qwen2_fused_mlp", target="transformers.models.qwen2.modeling_qwen2:Qwen2MLP.forward"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,16 +19,26 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
 
 def embedding_forward(self: Any, input_ids: Tensor) -> Tensor:
     """`Gemma3TextScaledWordEmbedding.forward` over an fp16 table; rows are widened, never the table."""
-    rows = functional.embedding(input_ids, self.weight.half()).float()
-    scaled: Tensor = rows * self.embed_scale
+    scaled: Tensor = plain_embedding_forward(self, input_ids) * self.embed_scale
     return scaled
+
+
+def plain_embedding_forward(self: Any, input: Tensor) -> Tensor:
+    """As `embedding_forward`, of an embedding without a scale."""
+    return functional.embedding(input, self.weight.half()).float()
 
 
 def tied_embedding_forward(self: Any, input_ids: Tensor) -> Tensor:
     """`patches.tied_embedding.forward` over an fp16 table."""
-    flat = self.weight.half().t().index_select(1, input_ids.reshape(-1)).float()  # [hidden, B * S]
-    scaled: Tensor = flat.t().reshape(*input_ids.shape, self.weight.shape[1]) * self.embed_scale
+    scaled: Tensor = plain_tied_embedding_forward(self, input_ids) * self.embed_scale
     return scaled
+
+
+def plain_tied_embedding_forward(self: Any, input: Tensor) -> Tensor:
+    """`patches.tied_embedding.plain_forward` over an fp16 table."""
+    flat = self.weight.half().t().index_select(1, input.reshape(-1)).float()  # [hidden, B * S]
+    rows: Tensor = flat.t().reshape(*input.shape, self.weight.shape[1])
+    return rows
 
 
 REASON = "weights are stored in fp16; all else stays fp32, because Gemma's residual stream overflows fp16"
@@ -61,4 +72,14 @@ HALF_TIED_EMBEDDING = Patch(
     reason=REASON,
     upstream=UPSTREAM,
     remove_when=REMOVE_WHEN,
+)
+PLAIN_HALF_EMBEDDING = replace(
+    HALF_EMBEDDING,
+    name="plain_half_embedding",
+    target="torch.nn:Embedding.forward",
+    signature=("self", "input"),
+    replacement=plain_embedding_forward,
+)
+PLAIN_HALF_TIED_EMBEDDING = replace(
+    PLAIN_HALF_EMBEDDING, name="plain_half_tied_embedding", replacement=plain_tied_embedding_forward
 )

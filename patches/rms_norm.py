@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ def forward(self: Any, x: Tensor) -> Tensor:
     return normed.type_as(x)
 
 
+def unshifted_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """As `forward`, of the norms that scale by the weight itself and not by 1 + weight."""
+    wide = hidden_states.float()
+    root = torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    scaled: Tensor = self.weight * (wide / root).type_as(hidden_states)
+    return scaled
+
+
 RMS_NORM = Patch(
     name="rms_norm",
     target="transformers.models.gemma3.modeling_gemma3:Gemma3RMSNorm.forward",
@@ -26,4 +35,16 @@ RMS_NORM = Patch(
     reason="ONNX Runtime fuses Sqrt and Div into one kernel, but not the Sqrt and Reciprocal of rsqrt",
     upstream="https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/optimizer/layer_norm_fusion.cc",
     remove_when="the portable target may use RMSNormalization (opset 23)",
+)
+LLAMA_RMS_NORM = replace(
+    RMS_NORM,
+    name="llama_rms_norm",
+    target="transformers.models.llama.modeling_llama:LlamaRMSNorm.forward",
+    signature=("self", "hidden_states"),
+    replacement=unshifted_forward,
+)
+QWEN2_RMS_NORM = replace(
+    LLAMA_RMS_NORM,
+    name="qwen2_rms_norm",
+    target="transformers.models.qwen2.modeling_qwen2:Qwen2RMSNorm.forward",
 )

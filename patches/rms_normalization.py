@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,19 @@ from patches.patch import Patch
 
 def forward(self: Any, x: Tensor) -> Tensor:
     """`Gemma3RMSNorm.forward` as RMSNormalization over the last axis, scaled by 1 + weight."""
+    return _normalised(x, 1.0 + self.weight.float(), self.eps)
+
+
+def unshifted_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """As `forward`, of the norms that scale by the weight itself and not by 1 + weight."""
+    return _normalised(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _normalised(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     normed: Tensor = torch.onnx.ops.symbolic(
         "RMSNormalization",
-        [x, 1.0 + self.weight.float()],
-        attrs={"axis": -1, "epsilon": self.eps},
+        [x, scale],
+        attrs={"axis": -1, "epsilon": epsilon},
         dtype=x.dtype,
         shape=x.shape,
         version=23,
@@ -31,4 +41,16 @@ RMS_NORMALIZATION = Patch(
     reason="one kernel instead of five nodes that a runtime must recognise",
     upstream="https://onnx.ai/onnx/operators/onnx__RMSNormalization.html",
     remove_when="torch exports transformers' norm classes as RMSNormalization",
+)
+LLAMA_RMS_NORMALIZATION = replace(
+    RMS_NORMALIZATION,
+    name="llama_rms_normalization",
+    target="transformers.models.llama.modeling_llama:LlamaRMSNorm.forward",
+    signature=("self", "hidden_states"),
+    replacement=unshifted_forward,
+)
+QWEN2_RMS_NORMALIZATION = replace(
+    LLAMA_RMS_NORMALIZATION,
+    name="qwen2_rms_normalization",
+    target="transformers.models.qwen2.modeling_qwen2:Qwen2RMSNorm.forward",
 )

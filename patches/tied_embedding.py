@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +12,15 @@ from patches.patch import Patch
 
 def forward(self: Any, input_ids: Tensor) -> Tensor:
     """`Gemma3TextScaledWordEmbedding.forward`, gathering columns of the transposed table [hidden, V]."""
-    flat = self.weight.t().index_select(1, input_ids.reshape(-1))  # [hidden, B * S]
-    rows = flat.t().reshape(*input_ids.shape, self.weight.shape[1])  # [B, S, hidden]
-    scaled: Tensor = rows * self.embed_scale.to(self.weight.dtype)
+    scaled: Tensor = plain_forward(self, input_ids) * self.embed_scale.to(self.weight.dtype)
     return scaled
+
+
+def plain_forward(self: Any, input: Tensor) -> Tensor:
+    """As `forward`, of an embedding without a scale."""
+    flat = self.weight.t().index_select(1, input.reshape(-1))  # [hidden, B * S]
+    rows: Tensor = flat.t().reshape(*input.shape, self.weight.shape[1])  # [B, S, hidden]
+    return rows
 
 
 TIED_EMBEDDING = Patch(
@@ -26,4 +32,11 @@ TIED_EMBEDDING = Patch(
     "a few columns, so the one copy that both share is stored for the head",
     upstream="https://github.com/huggingface/transformers/tree/main/src/transformers/models/gemma3",
     remove_when="runtimes multiply by a transposed constant as fast as by a plain one, without a copy",
+)
+PLAIN_TIED_EMBEDDING = replace(
+    TIED_EMBEDDING,
+    name="plain_tied_embedding",
+    target="torch.nn:Embedding.forward",
+    signature=("self", "input"),
+    replacement=plain_forward,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +20,19 @@ from runtime.errors import StillgraphError
 from runtime.text import read_json
 
 Message = Mapping[str, Any]
+IMAGE_PART = re.compile(r"""(type['"]?\]?\s*==|equalto['"]\s*,)\s*['"]image['"]""")
 
 
 class Template:
-    """A chat template with the special tokens it may name."""
+    """A chat template with the special tokens it may name.
+
+    takes_parts: whether it asks for contents that are lists of parts, of which some are images.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises StillgraphError for a template that does not parse."""
         self._special_tokens = dict(special_tokens)
+        self.takes_parts = bool(IMAGE_PART.search(source))
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
@@ -53,6 +59,17 @@ class Template:
             raise StillgraphError(
                 "render chat template", f"it refuses the messages ({error})", remedy
             ) from error
+
+
+def in_parts(message: Message, mark: str) -> Message:
+    """A message whose text is a list of parts: an image for each mark, and text between."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    image: Message = {"type": "image"}
+    texts = [{"type": "text", "text": text} if text else None for text in content.split(mark)]
+    parts = [part for text in texts for part in (image, text)][1:]
+    return {**message, "content": [part for part in parts if part is not None]}
 
 
 def read_template(bundle: Path, special_tokens: Mapping[str, str]) -> Template:

@@ -29,6 +29,10 @@ Penalty = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed, the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(help="A picture; again for each mark of one in the prompt, which a chat need not have."),
+]
 Threads = Annotated[int | None, typer.Option(help="Default: every core this process may use.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Unload = Annotated[
@@ -39,6 +43,7 @@ Unload = Annotated[
         show_default=False,
     ),
 ]
+SHOW = "/image "
 
 
 def run(
@@ -48,6 +53,7 @@ def run(
         str | None, typer.Option(help="A text file, less its last newline; - is stdin.")
     ] = None,
     token_ids: Annotated[str | None, typer.Option(help="Ids as they are, such as 2,17,5.")] = None,
+    image: Images = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message in a chat.")] = False,
     max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
     temperature: Temperature = 0.0,
@@ -68,13 +74,15 @@ def run(
     neither: load_ms is all of it, with --unload-prefill also the change of graphs after the first token.
     """
     given = _read_prompt(prompt, prompt_file, token_ids, chat)
+    images = image or []
     with PeakPss() as peak:
         engine = _load(bundle, unload_prefill, threads, quiet)
         peak.sample()
-        ids = engine.chat_ids([{"role": "user", "content": given}]) if chat else engine.ids(given)
+        ids = engine.chat_ids([engine.user(str(given), len(images))]) if chat else engine.ids(given)
         steps: list[Step] = []
         for step in engine.stream(
             ids,
+            images=images,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -107,7 +115,7 @@ def chat(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Talk, a line a turn. /reset begins again; /exit or the end of the input ends.
+    """Talk, a line a turn. /image PATH shows a picture; /reset begins again; /exit ends, as does the input.
 
     Each turn continues the cache of the turn before, where the bundle's prefill can.
     """
@@ -127,6 +135,8 @@ def chat(
         if line == "/reset":
             conversation.clear()
             engine.reset()
+        elif line.startswith(SHOW):
+            conversation.show(Path(line.removeprefix(SHOW).strip()))
         elif line:
             _turn(conversation, line, options, quiet)
 
@@ -136,7 +146,7 @@ def _turn(conversation: Conversation, line: str, options: dict[str, Any], quiet:
     steps: list[Step] = []
     try:
         ids = conversation.ids(line)
-        for step in conversation.engine.stream(ids, **options):
+        for step in conversation.engine.stream(ids, images=conversation.images, **options):
             steps.append(step)
             _show(step.text)
     except KeyboardInterrupt:
@@ -145,6 +155,7 @@ def _turn(conversation: Conversation, line: str, options: dict[str, Any], quiet:
     except StillgraphError as error:
         if not sys.stdin.isatty():
             raise
+        conversation.forget()
         print(f"error: {error}", file=sys.stderr)
         return
     _show("\n")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from runtime.chat import Message
 from runtime.engine import Engine, Step
+
+if TYPE_CHECKING:
+    from runtime.image_file import Source
 
 
 class Conversation:
@@ -23,13 +27,25 @@ class Conversation:
     def clear(self) -> None:
         """Begin anew."""
         self.messages: list[Message] = []
+        self.images: list[Source] = []  # of all messages, and after them those shown for the next question
+        self._shown = 0
         self._text = ""  # the chat as rendered for the last answer
         self._answer = ""
         self._ids: list[int] = []  # of `_text` and the answer
 
+    def show(self, image: Source) -> None:
+        """Put a picture before the next question."""
+        self.images.append(image)
+        self._shown += 1
+
+    def forget(self) -> None:
+        """Take back the pictures of a question that was not answered."""
+        del self.images[len(self.images) - self._shown :]
+        self._shown = 0
+
     def ids(self, question: str) -> list[int]:
         """The ids of the chat with a question, ready for the answer. Raises StillgraphError."""
-        text = self.engine.chat_text([*self.messages, _user(question)])
+        text = self.engine.chat_text([*self.messages, self._user(question)])
         behind = self._behind_answer(text)
         if behind is None:
             return self.engine.encode_chat(text)
@@ -38,9 +54,10 @@ class Conversation:
     def add(self, question: str, ids: Sequence[int], steps: Sequence[Step]) -> None:
         """Take in an answer: the question, the ids that were prompted, and the steps that came."""
         answer = "".join(step.text for step in steps)
-        self._text = self.engine.chat_text([*self.messages, _user(question)])
+        self._text = self.engine.chat_text([*self.messages, self._user(question)])
         self._answer = answer
-        self.messages += [_user(question), {"role": "assistant", "content": answer}]
+        self.messages += [self._user(question), {"role": "assistant", "content": answer}]
+        self._shown = 0
         # The stop token ended the answer; the template writes it. A stop string is in no text and stays out.
         tokens = [step.token for step in steps]
         tokens = tokens[:-1] if tokens[-1] in self.engine.manifest.tokens.stop else tokens
@@ -57,6 +74,5 @@ class Conversation:
                 return rest[len(answer) :]
         return None
 
-
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
+    def _user(self, question: str) -> Message:
+        return self.engine.user(question, self._shown)

@@ -7,15 +7,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from runtime.chat import Message, Template, read_template
+from runtime.chat import Message, Template, in_parts, read_template
 from runtime.errors import CheckFailed, StillgraphError
 from runtime.graphpair import Graphs
 from runtime.manifest import Manifest
 from runtime.sampling import Sampler, Sampling
 from runtime.session import Array
 from runtime.text import Stops, Stream, Text
+from runtime.vision import Vision
+
+if TYPE_CHECKING:
+    from runtime.image_file import Source
 
 FinishReason = Literal["stop", "length", "context"]
 Prompt = str | Sequence[int]
@@ -40,12 +44,21 @@ class Step:
 
 
 class Row:
-    """One row's way through a request: its ids, its sampler, its text, and why it ended."""
+    """One row's way through a request: its ids, its sampler, its text, and why it ended.
+
+    slots: the prompt as the graphs are given it, with its pictures in place of their image tokens.
+    """
 
     def __init__(
-        self, prompt: list[int], sampler: Sampler, text: Stream | None, stops: Stops, limit: int
+        self,
+        prompt: list[int],
+        slots: list[int],
+        sampler: Sampler,
+        text: Stream | None,
+        stops: Stops,
+        limit: int,
     ) -> None:
-        self.prompt, self.ids = prompt, list(prompt)
+        self.prompt, self.slots, self.ids = prompt, slots, list(prompt)
         self._sampler, self._text, self._stops, self._limit = sampler, text, stops, limit
         self.finish_reason: FinishReason | None = None
 
@@ -76,9 +89,17 @@ class Row:
 class Engine:
     """A loaded bundle. One request at a time: a new one ends the stream before it."""
 
-    def __init__(self, manifest: Manifest, graphs: Graphs, text: Text | None, bundle: Path) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        graphs: Graphs,
+        text: Text | None,
+        bundle: Path,
+        vision: Vision | None = None,
+    ) -> None:
         """text: None for a bundle without a tokenizer, which takes and gives ids alone."""
         self.manifest, self.graphs, self.text, self.bundle = manifest, graphs, text, bundle
+        self.vision = vision
         self._stop_tokens = frozenset(manifest.tokens.stop)
         self._request = 0
         self._template: Template | None = None
@@ -86,12 +107,13 @@ class Engine:
     @property
     def load_seconds(self) -> float:
         """All time spent on loading and unloading graphs so far."""
-        return self.graphs.load_seconds
+        return self.graphs.load_seconds + (self.vision.load_seconds if self.vision else 0.0)
 
     def stream(
         self,
         prompt: Prompt,
         *,
+        images: Sequence[Source] = (),
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -103,23 +125,25 @@ class Engine:
     ) -> Iterator[Step]:
         """The continuation of a prompt (text, or ids as they are), token by token.
 
-        With a prefill that continues a cache, the prefix that the cache still holds from the request before
-        is not computed again. Raises StillgraphError at once for options or a prompt that cannot be used.
+        images: paths, bytes of files or images of Pillow, in the order of their marks in the prompt. With a
+        prefill that continues a cache, the prefix that the cache still holds from the request before is not
+        computed again. Raises StillgraphError at once for options, a prompt or an image that cannot be used.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        rows = self.stream_batch([prompt], sampling, max_new_tokens=max_new_tokens, stop=stop)
+        rows = self.stream_batch([prompt], sampling, [images], max_new_tokens=max_new_tokens, stop=stop)
         return (step for _, step in rows)
 
     def stream_batch(
         self,
         prompts: Sequence[Prompt],
         sampling: Sampling | None = None,
+        images: Sequence[Sequence[Source]] = (),
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: Sequence[str] = (),
     ) -> Iterator[tuple[int, Step]]:
-        """As `stream` for up to as many prompts as the graphs have rows, each with a length and a random
-        stream of its own: (row, step), a step of each unfinished row in turn."""
+        """As `stream` for up to as many prompts as the graphs have rows, each with a length, a random stream
+        and images of its own: (row, step), a step of each unfinished row in turn."""
         began, loading = time.perf_counter(), self.load_seconds
         if max_new_tokens < 1:
             raise StillgraphError("read options", f"max_new_tokens is {max_new_tokens}", "give 1 or more")
@@ -132,7 +156,10 @@ class Engine:
         for index, prompt in enumerate(prompts):
             stream = Stream(self.text) if self.text else None
             sampler = Sampler(sampling or Sampling(), index)
-            rows.append(Row(self.ids(prompt), sampler, stream, Stops(stop), max_new_tokens))
+            given = images[index] if images else ()
+            ids = self.ids(prompt)
+            slots = self._placed(ids, given)
+            rows.append(Row(ids, slots, sampler, stream, Stops(stop), max_new_tokens))
         self._request += 1
         return self._generate(rows, self._request, began - loading)
 
@@ -144,14 +171,22 @@ class Engine:
         """Ids of a chat, ready for the model's answer. Raises StillgraphError."""
         return self.encode_chat(self.chat_text(messages))
 
+    def user(self, content: str, images: int = 0) -> Message:
+        """A user's message; marks of pictures that it lacks are put before it, a line each."""
+        lacking = images - content.count(self.vision.spec.mark) if self.vision else 0
+        marks = f"{self.vision.spec.mark}\n" * lacking if self.vision else ""
+        return {"role": "user", "content": marks + content}
+
     def chat_text(self, messages: Sequence[Message]) -> str:
         """A chat as the template renders it, ready for the model's answer. Raises StillgraphError."""
         self._template = self._template or read_template(self.bundle, self._tokenizer().special_tokens)
+        if self.vision is not None and self._template.takes_parts:
+            messages = [in_parts(message, self.vision.spec.mark) for message in messages]
         return self._template.render(messages)
 
     def encode_chat(self, text: str) -> list[int]:
         """Ids of text that a chat template rendered, which has its special tokens. Raises StillgraphError."""
-        return self._tokenizer().encode(text, special=False)
+        return self._tokenizer().encode(self._expanded(text), special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids without special tokens. Raises StillgraphError."""
@@ -169,10 +204,26 @@ class Engine:
                 raise StillgraphError(
                     "read prompt", f"{self.bundle} has no tokenizer", "give token ids instead"
                 )
-            ids = self.text.encode(prompt) if prompt else []
+            ids = self.text.encode(self._expanded(prompt)) if prompt else []
         else:
             ids = [int(token) for token in prompt]
         self._check(ids)
+        return ids
+
+    def _expanded(self, text: str) -> str:
+        """Text with image tokens for the marks of pictures."""
+        if self.vision is None:
+            return text
+        token = self._tokenizer().tokenizer.id_to_token(self.vision.spec.image_token)
+        return text if token is None else self.vision.expanded(text, token)
+
+    def _placed(self, ids: list[int], images: Sequence[Source]) -> list[int]:
+        """What the graphs are given for ids and the pictures among them. Raises StillgraphError."""
+        if self.vision is not None:
+            return self.vision.place(ids, images)
+        if images:
+            problem = f"{len(images)} images for {self.bundle}, whose model takes text alone"
+            raise StillgraphError("read prompt", problem, "leave them out, or use a model that sees")
         return ids
 
     def _check(self, ids: list[int]) -> None:
@@ -195,8 +246,11 @@ class Engine:
     def _generate(self, rows: list[Row], request: int, origin: float) -> Iterator[tuple[int, Step]]:
         """origin: when the request began, on a clock that stands still while graphs are loaded."""
         self._still_mine(request)
-        idle = [rows[0].prompt] * (self.graphs.rows - len(rows))  # rows nobody asked for get a copy
-        logits = self.graphs.prefill([row.prompt for row in rows] + idle)
+        idle = [rows[0].slots] * (self.graphs.rows - len(rows))  # rows nobody asked for get a copy
+        prompts = [row.slots for row in rows] + idle
+        if self.vision is not None:
+            self.vision.see(prompts, self.graphs.release)
+        logits = self.graphs.prefill(prompts)
         while True:
             fed: list[int | None] = [None] * self.graphs.rows
             for index, row in enumerate(rows):

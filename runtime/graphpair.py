@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from runtime.embedding import Embedder
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty, return_memory
 from runtime.spec import LayerSpec, Port
@@ -32,6 +33,7 @@ class Graphs(Protocol):
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array: ...
     def decode(self, tokens: Sequence[int | None]) -> Array: ...
     def reset(self) -> None: ...
+    def release(self) -> None: ...
 
 
 class Buffers:
@@ -50,10 +52,15 @@ class Buffers:
 
 
 class BoundGraph:
-    """One graph with its small inputs, its logits, and a call for each direction between the buffer sets."""
+    """One graph with its small inputs, its logits, and a call for each direction between the buffer sets.
 
-    def __init__(self, entry: GraphEntry, load: Load, buffers: Buffers) -> None:
-        self.entry, self._load, self.buffers = entry, load, buffers
+    embedder: of a graph that takes embeddings, what makes them of ids.
+    """
+
+    def __init__(
+        self, entry: GraphEntry, load: Load, buffers: Buffers, embedder: Embedder | None = None
+    ) -> None:
+        self.entry, self._load, self.buffers, self.embedder = entry, load, buffers, embedder
         self.past_of = {alias.output: alias.input for alias in entry.aliases}
         past = set(self.past_of.values())
         self.inputs = {port.name: empty(port) for port in entry.inputs if port.name not in past}
@@ -71,9 +78,23 @@ class BoundGraph:
             written = past if in_place(self.entry) else sets[(index + 1) % len(sets)]
             outputs = {name: written[self.past_of.get(name, name)] for name in present}
             self._calls.append(runner.bind({**past, **outputs, **self.inputs, "logits": self.logits}))
+        if self.embedder:
+            self.embedder.load(self.inputs["inputs_embeds"])
 
     def unload(self) -> None:
         self._calls.clear()
+        if self.embedder:
+            self.embedder.unload()
+
+    def give(self, pieces: Sequence[Sequence[int]]) -> None:
+        """Take a piece of a prompt a row as the tokens of the next run."""
+        if self.embedder:
+            self.embedder.run(pieces)
+            return
+        ids = self.inputs["input_ids"]
+        ids[:] = 0
+        for row, piece in enumerate(pieces):
+            ids[row, : len(piece)] = piece
 
     def run(self) -> None:
         self._calls[self.buffers.current]()
@@ -86,6 +107,7 @@ class GraphPair:
 
     `cached[row]` are the ids whose keys and values the cache holds. one_at_a_time: at most one graph is in
     memory; the buffers outlive both. `load_seconds` is all the time spent loading and unloading graphs.
+    embedder: for a prefill that takes embeddings.
     """
 
     def __init__(
@@ -95,6 +117,7 @@ class GraphPair:
         layers: Sequence[LayerSpec],
         load: Load,
         one_at_a_time: bool = False,
+        embedder: Embedder | None = None,
     ) -> None:
         self._layers = layers
         self.ctx, self.rows, self.slots = decode.shape.limit, decode.shape.batch, prefill.shape.slots
@@ -106,10 +129,11 @@ class GraphPair:
         shared = Buffers([port for port in decode.inputs if port.name in past], 1 if alone else 2)
         present = Buffers([port for port in prefill.outputs if port.name != "logits"], 1)
         self._decode = BoundGraph(decode, load, shared)
-        self._prefill = BoundGraph(prefill, load, shared if self.continues else present)
+        self._prefill = BoundGraph(prefill, load, shared if self.continues else present, embedder)
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]
         if one_at_a_time:
-            self._use(self._prefill)
+            if embedder is None:  # else a picture may come first
+                self._use(self._prefill)
         else:
             with ThreadPoolExecutor(2) as pool:  # loading a graph keeps one core busy
                 list(pool.map(BoundGraph.load, (self._prefill, self._decode)))
@@ -155,6 +179,13 @@ class GraphPair:
         """Forget the cache; the next prompt starts from nothing."""
         self.cached = [[] for _ in range(self.rows)]
 
+    def release(self) -> None:
+        """Let other graphs have the memory, where one at a time may have it."""
+        if self.one_at_a_time:
+            for graph in (self._prefill, self._decode):
+                graph.unload()
+            return_memory()
+
     def _start(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], int]:
         """How many tokens of each prompt are kept from the cache, and how many chunks the others take."""
         done = [self._reusable(row, prompt) for row, prompt in enumerate(prompts)]
@@ -170,19 +201,19 @@ class GraphPair:
 
     def _chunk(self, prompts: Sequence[Sequence[int]], left: int) -> None:
         """Feed each row what it can take, leaving it a token for each of the `left` - 1 chunks after."""
-        inputs = self._prefill.inputs
-        inputs["input_ids"][:] = 0
+        inputs, pieces = self._prefill.inputs, list[Sequence[int]]()
         for row, prompt in enumerate(prompts):
             cached = self.cached[row]
             start, todo = len(cached), len(prompt) - len(cached)
             waits = todo < left  # only from the first slot, which is then written again
             piece = prompt[start : start + (1 if waits else min(self.slots, todo - left + 1))]
-            inputs["input_ids"][row, : len(piece)] = piece
+            pieces.append(piece)
             inputs["prompt_length"][row] = len(piece)
             if self.continues:
                 inputs["past_length"][row] = start
             if not waits:
                 cached.extend(piece)
+        self._prefill.give(pieces)
         self._prefill.run()
 
     def _copy_to_decode(self) -> None:
@@ -210,10 +241,7 @@ class GraphPair:
         if graph.loaded:
             return
         began = time.perf_counter()
-        if self.one_at_a_time:
-            for other in (self._prefill, self._decode):
-                other.unload()
-            return_memory()
+        self.release()
         graph.load()
         self.load_seconds += time.perf_counter() - began
 

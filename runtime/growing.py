@@ -61,6 +61,9 @@ class GrowingGraph:
         """Forget the cache, and free it; the next prompt starts from nothing."""
         self.cached, self._past = [[]], self._nothing()
 
+    def release(self) -> None:
+        """Nothing: there is no other graph."""
+
     def _feed(self, ids: Sequence[int]) -> Array:
         new = ort.OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))  # [1, S]
         outputs = dict(zip(self._outputs, self._graph.call({"input_ids": new, **self._past}), strict=True))

@@ -7,8 +7,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.compiled import Compiled, Found, find, set_options
+from runtime.embedding import Embedder
 from runtime.engine import Engine
 from runtime.errors import StillgraphError
 from runtime.graphpair import GraphPair, Graphs
@@ -16,7 +18,12 @@ from runtime.growing import GrowingGraph
 from runtime.manifest import GraphEntry, Manifest, check_files, read
 from runtime.session import Session, available_cores, mappings, populate, session_options
 from runtime.text import Text
+from runtime.vision import Vision
 
+if TYPE_CHECKING:
+    from runtime.image import Preprocessor
+
+Load = Callable[[GraphEntry], Session]
 log = logging.getLogger("stillgraph")
 
 
@@ -52,12 +59,33 @@ def load(
         log.warning(found.reason)
     open_graph = _loader(folder, manifest, found.compiled, threads, one, profile)
     graphs: Graphs
+    vision = _vision(folder, manifest, open_graph, one)
     if dynamic:
         graphs = GrowingGraph(dynamic, open_graph)
     else:
-        graphs = GraphPair(*_pair(folder, manifest), manifest.model.layers, open_graph, one)
-    graphs.load_seconds = time.perf_counter() - began
-    return Engine(manifest, graphs, text, folder)
+        pair, layers = _pair(folder, manifest), manifest.model.layers
+        embed = _entry(folder, manifest, "embed") if pair[0].shape.embeds else None
+        embedder = Embedder(embed, open_graph, vision.fill) if embed and vision else None
+        graphs = GraphPair(*pair, layers, open_graph, one, embedder)
+    graphs.load_seconds = time.perf_counter() - began - (vision.load_seconds if vision else 0.0)
+    return Engine(manifest, graphs, text, folder, vision)
+
+
+def _vision(folder: Path, manifest: Manifest, open_graph: Load, one_at_a_time: bool) -> Vision | None:
+    """What sees the pictures of a model that takes some. Pillow is imported when the first one comes."""
+    spec = manifest.model.vision
+
+    def preprocessor() -> Preprocessor:
+        try:
+            from runtime.image import Preprocessor
+        except ImportError as error:
+            problem = f"images need Pillow ({error})"
+            raise StillgraphError("read image", problem, "pip install 'stillgraph[vision]'") from error
+        return Preprocessor.read(folder)
+
+    if spec is None:
+        return None
+    return Vision(spec, manifest.graph("vision"), preprocessor, open_graph, one_at_a_time)
 
 
 def _loader(
@@ -67,7 +95,7 @@ def _loader(
     threads: int | None,
     one_at_a_time: bool,
     profile: Path | None,
-) -> Callable[[GraphEntry], Session]:
+) -> Load:
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
     count = threads or available_cores()

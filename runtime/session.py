@@ -86,10 +86,10 @@ def session_options(
     options.log_severity_level = 3
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    if entry.shape.role == "prefill":
+    if entry.shape.role != "decode":
         # Its threads would spin on for a while and take the cores from the first decode steps.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    if entry.shape.role == "prefill" and one_at_a_time:
+    if entry.shape.role != "decode" and one_at_a_time:
         options.enable_cpu_mem_arena = False
     return options
 

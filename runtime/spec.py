@@ -1,6 +1,7 @@
 """The shape of a frozen model: the one source of tensor names, shapes and byte counts.
 
-Shapes: B batch, P prompt slots (`max_len`), C cache slots, KV key/value heads, D head size, V vocabulary.
+Shapes: B batch, P prompt slots (`max_len`), C cache slots, KV key/value heads, D head size, V vocabulary; N
+images, T features of one, H height, W width.
 A graph of role `dynamic` has lengths in their place, which have names.
 """
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringC
 
 LayerKind = Literal["full_attention", "sliding_attention"]
 DType = Literal["int64", "float32", "float16"]
-Role = Literal["prefill", "decode", "dynamic"]
+Role = Literal["prefill", "decode", "dynamic", "vision", "embed"]
 LengthName = Annotated[str, StringConstraints(pattern="^[a-z_]+$")]
 ITEM_SIZE: dict[str, int] = {"int64": 8, "float32": 4, "float16": 2}
 NEW, PAST, TOTAL = (
@@ -44,8 +45,25 @@ class LayerSpec(Frozen):
         return self
 
 
+class VisionSpec(Frozen):
+    """What a decoder is given of a picture: `image_tokens` features, each in a slot of the prompt.
+
+    image_token: the id that stands in those slots; mark: what stands for a picture in a prompt's text, and
+    `before`, `after` what the text has around its image tokens instead.
+    """
+
+    channels: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    image_tokens: PositiveInt
+    image_token: NonNegativeInt
+    mark: str
+    before: str = ""
+    after: str = ""
+
+
 class ModelSpec(Frozen):
-    """What the graphs need to know of a decoder."""
+    """What the graphs need to know of a decoder, and of the pictures that it takes."""
 
     architecture: str
     vocab_size: PositiveInt
@@ -55,6 +73,7 @@ class ModelSpec(Frozen):
     head_dim: PositiveInt
     max_position_embeddings: PositiveInt
     layers: tuple[LayerSpec, ...]
+    vision: VisionSpec | None = None
 
     @property
     def windows(self) -> list[int]:
@@ -92,7 +111,9 @@ class GraphShape(Frozen):
     number of tokens: its slots and ctx only say where a runtime stops. slack: None where every layer has ctx
     slots (the portable target). In the onnxruntime target, slots over what a layer must keep: full layers
     have ctx + slack, so that a padded chunk always fits behind the last token, and sliding layers window +
-    slack, so that old tokens are moved out once in slack + 1 tokens and not at each one.
+    slack, so that old tokens are moved out once in slack + 1 tokens and not at each one. embeds: whether a
+    prefill takes embeddings, which an embed graph makes of ids. A vision graph has a slot for each feature of
+    a picture, and one picture a row.
     """
 
     role: Role
@@ -100,6 +121,7 @@ class GraphShape(Frozen):
     slots: PositiveInt
     ctx: PositiveInt | None = None
     slack: NonNegativeInt | None = None
+    embeds: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> GraphShape:
@@ -107,14 +129,18 @@ class GraphShape(Frozen):
             raise ValueError("a decode graph has one token slot and a ctx")
         if self.grows and (self.batch, self.slots, self.slack) != (1, self.ctx, None):
             raise ValueError("a dynamic graph has one row, as many token slots as ctx, and no slack")
+        if self.embeds and self.role != "prefill":
+            raise ValueError(f"a {self.role} graph that takes embeddings")
+        if not self.caches and (self.ctx, self.slack) != (None, None):
+            raise ValueError(f"a {self.role} graph has no cache")
         if self.slack is not None and (self.ctx is None or self.slack < self.slots - 1):
             raise ValueError("a graph with slack has a ctx, and slack for a padded chunk")
         return self
 
     @property
     def name(self) -> str:
-        """File name without suffix: `prefill-128`, `decode-1024`, `dynamic`."""
-        if self.grows:
+        """File name without suffix: `prefill-128`, `decode-1024`, `embed-128`, `dynamic`, `vision`."""
+        if self.role in ("dynamic", "vision"):
             return self.role
         return f"{self.role}-{self.ctx if self.role == 'decode' else self.slots}"
 
@@ -122,6 +148,11 @@ class GraphShape(Frozen):
     def grows(self) -> bool:
         """Whether keys and values are as long as the text, and not as the cache."""
         return self.role == "dynamic"
+
+    @property
+    def caches(self) -> bool:
+        """Whether the graph makes keys and values."""
+        return self.role not in ("vision", "embed")
 
     @property
     def limit(self) -> int:
@@ -166,13 +197,17 @@ def cache_shape(spec: ModelSpec, shape: GraphShape, layer: int) -> tuple[int, in
 
 def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     """The inputs of a graph, in order."""
+    if shape.role == "vision":
+        return (_pixels(spec, shape),)
     if shape.grows:
         ids = Port(name="input_ids", dtype="int64", shape=(1, NEW), meaning="token ids, at least 1")
         return (ids, *_cache_ports(spec, shape, past_names, "before the call", PAST))
     rows = (shape.batch,)
-    ports = [Port(name="input_ids", dtype="int64", shape=(shape.batch, shape.slots), meaning="token ids")]
+    meaning = "token ids" if shape.role == "decode" else "token ids, right-padded"
+    ports = [Port(name="input_ids", dtype="int64", shape=(shape.batch, shape.slots), meaning=meaning)]
+    if shape.embeds:
+        ports = [_embeddings(spec, shape)]
     if shape.role == "prefill":
-        ports[0] = ports[0].model_copy(update={"meaning": "token ids, right-padded"})
         meaning = "valid tokens of this call, at least 1"
         ports.append(Port(name="prompt_length", dtype="int64", shape=rows, meaning=meaning))
     if shape.ctx is not None:
@@ -187,10 +222,28 @@ def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
 
 def output_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     """The outputs of a graph, in order."""
+    if shape.role == "embed":
+        return (_embeddings(spec, shape),)
+    if shape.role == "vision":
+        sizes = shape.batch, shape.slots, spec.hidden_size
+        features = "what an image's slots of a prompt hold in place of embeddings"
+        return (Port(name="image_features", dtype="float32", shape=sizes, meaning=features),)
     meaning = "next-token logits after the last valid token of each row"
     logits = Port(name="logits", dtype="float32", shape=(shape.batch, 1, spec.vocab_size), meaning=meaning)
     total = TOTAL if shape.grows else None
     return (logits, *_cache_ports(spec, shape, present_names, "after the call", total))
+
+
+def _pixels(spec: ModelSpec, shape: GraphShape) -> Port:
+    assert spec.vision is not None
+    sizes = shape.batch, spec.vision.channels, spec.vision.height, spec.vision.width
+    return Port(name="pixel_values", dtype="float32", shape=sizes, meaning="pixels, as preprocessed")
+
+
+def _embeddings(spec: ModelSpec, shape: GraphShape) -> Port:
+    sizes = shape.batch, shape.slots, spec.hidden_size
+    meaning = "embeddings of tokens, or features of images in their slots; right-padded"
+    return Port(name="inputs_embeds", dtype="float32", shape=sizes, meaning=meaning)
 
 
 def _cache_ports(

@@ -1,4 +1,4 @@
-"""Tiny random Gemma 3 checkpoints with odd shapes, and the bundles exported from them, once a session.
+"""Tiny random checkpoints with odd shapes, and the bundles exported from them, once a session.
 
 Folders that these fixtures return are shared: a test that changes one copies it first.
 """
@@ -43,6 +43,52 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+# The same sizes as a Llama and as a Qwen 2, whose head size is hidden / heads.
+LLAMA: dict[str, Any] = SMALL | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "layer_types": None,
+    "sliding_window": None,
+    "query_pre_attn_scalar": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+QWEN2 = LLAMA | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "hidden_size": 64,
+    "head_dim": None,
+}
+# A tower of 9 patches of 4 x 4 pixels, and a class token. A picture's mark is the tokenizer's last token.
+IMAGE = len(SPECIAL) + 256
+LLAVA: dict[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "text_config": {key: value for key, value in QWEN2.items() if value is not None},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 12,
+        "patch_size": 4,
+        "projection_dim": 32,
+    },
+    "image_token_index": IMAGE,
+    "image_seq_length": 10,
+    "vision_feature_select_strategy": "full",
+    "vision_feature_layer": -1,
+    "tie_word_embeddings": True,
+}
+PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 12},
+    "crop_size": {"height": 12, "width": 12},
+}
+FAMILIES = {"llava": LLAVA, "gemma3": SMALL, "llama": LLAMA, "qwen2": QWEN2}
 Shapes = list[tuple[str, int, int | None]]  # (role, slots, ctx) of each graph
 PAIR: Shapes = [("prefill", 16, 40), ("decode", 1, 40)]
 
@@ -52,11 +98,14 @@ BundleFactory = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
-    """`tiny_checkpoint(seed=0, **config)`: the folder of a checkpoint; a value of None leaves the key out."""
+    """`tiny_checkpoint(seed=0, family="gemma3", **config)`: the folder of a checkpoint.
+
+    A value of None leaves the key out.
+    """
     made: dict[str, Path] = {}
 
-    def make(seed: int = 0, **config: Any) -> Path:
-        raw = {name: value for name, value in (SMALL | config).items() if value is not None}
+    def make(seed: int = 0, family: str = "gemma3", **config: Any) -> Path:
+        raw = {name: value for name, value in (FAMILIES[family] | config).items() if value is not None}
         key = json.dumps([seed, raw])
         if key not in made:
             folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
@@ -90,6 +139,8 @@ def tiny_bundle(
         from export.config import request
         from runtime.spec import GraphShape
 
+        vision = None if config.get("family") == "llava" else False
+
         checkpoint = tiny_checkpoint(**config)
         extra = None if target == "portable" else slack
         key = json.dumps([shapes, precision, batch, target, extra, fast_prefill, str(checkpoint)])
@@ -105,6 +156,7 @@ def tiny_bundle(
                 graphs,
                 replace=False,
                 say=lambda line: None,
+                vision=vision,
             )
             made[key] = out
         return made[key]
@@ -115,16 +167,22 @@ def tiny_bundle(
 def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
     """All files of a checkpoint, with `raw` as config.json word for word."""
     from safetensors.torch import save_file
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
+    from transformers import GenerationConfig
+
+    from export.families import families
 
     folder.mkdir(parents=True)
-    model = Gemma3ForCausalLM(Gemma3TextConfig.from_dict(dict(raw)))
+    family = families()[raw["architectures"][0]]
+    model = family.build(family.config(dict(raw)))
     randomise(model, seed)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     GenerationConfig(bos_token_id=2, eos_token_id=[1, 5], pad_token_id=0).save_pretrained(folder)
-    write_tokenizer(folder)
+    sees = "vision_config" in raw
+    write_tokenizer(folder, ["<image>"] if sees else [])
+    if sees:
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
 
 
 def randomise(model: Any, seed: int) -> None:
@@ -140,15 +198,15 @@ def randomise(model: Any, seed: int) -> None:
                 parameter.normal_(0.0, 0.1, generator=generator)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE without merges: special tokens, then one token a byte."""
+def write_tokenizer(folder: Path, marks: list[str]) -> None:
+    """A byte-level BPE without merges: special tokens, one token a byte, and the marks of pictures."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *marks])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens([*SPECIAL, *marks])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])

@@ -89,7 +89,8 @@ def fresh(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime", "runtime.cli", "runtime.commands", "export.cli", "export.__main__"]
+    "module",
+    ["runtime", "runtime.cli", "runtime.commands", "export.cli", "export.commands", "export.__main__"],
 )
 def test_an_import_brings_nothing_heavy(module) -> None:
     assert fresh(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])") == "[]"

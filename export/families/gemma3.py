@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from export.families import Family
+from export.families import Family, decoder_spec, refuse_heads, refuse_layers, refuse_rope
 from patches.fused_attention import FUSED_ATTENTION
 from patches.fused_mlp import FUSED_MLP
 from patches.half_weights import HALF_EMBEDDING, HALF_LINEAR, HALF_TIED_EMBEDDING
@@ -14,9 +16,7 @@ from patches.patch import Patch
 from patches.rms_norm import RMS_NORM
 from patches.rms_normalization import RMS_NORMALIZATION
 from patches.tied_embedding import TIED_EMBEDDING
-from runtime.spec import LayerSpec, ModelSpec
 
-KINDS = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear")
 
 
@@ -26,39 +26,18 @@ def refuse(config: Any) -> str | None:
         return "use_bidirectional_attention"
     if "rope_type" in config.rope_parameters:  # transformers reads none of it, not even a scaling
         return "rope_parameters without a part for each layer kind"
-    if len(config.layer_types) != config.num_hidden_layers:
-        return f"{len(config.layer_types)} layer_types for {config.num_hidden_layers} layers"
-    for kind in config.layer_types:
-        if kind not in KINDS:
-            return f"layer type {kind!r}"
-        rope = config.rope_parameters[kind]
-        # The old key `type` is kept by transformers and not read: such a scaling would be lost.
-        if (name := rope.get("type", rope["rope_type"])) not in ROPE_TYPES:
-            return f"RoPE type {name!r} of its {kind} layers"
-        if name != rope["rope_type"]:
-            return f"'type' in place of 'rope_type' in the RoPE parameters of its {kind} layers"
-    if "sliding_attention" in config.layer_types and (config.sliding_window or 0) < 1:
-        return f"sliding_window {config.sliding_window!r} with sliding layers"
-    if config.num_attention_heads % config.num_key_value_heads:
-        return f"{config.num_attention_heads} heads over {config.num_key_value_heads} key/value heads"
-    if getattr(config, "quantization_config", None) is not None:
-        return "a quantised checkpoint (quantization_config)"
-    return None
+    if problem := refuse_layers(config.layer_types, config):
+        return problem
+    for kind in dict.fromkeys(config.layer_types):
+        if problem := refuse_rope(config.rope_parameters[kind], ROPE_TYPES, f"of its {kind} layers"):
+            return problem
+    return refuse_heads(config)
 
 
-def spec(config: Any) -> ModelSpec:
-    """The shape of a Gemma 3 decoder, from its config alone."""
-    windows = {"sliding_attention": config.sliding_window, "full_attention": None}
-    return ModelSpec(
-        architecture="Gemma3ForCausalLM",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        layers=tuple(LayerSpec(kind=kind, window=windows[kind]) for kind in config.layer_types),
-    )
+def rotary(module: Any, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, S, D]: the kinds of layers have frequencies of their own."""
+    cos, sin = module(positions.new_zeros(1).float(), positions, kind)
+    return cos, sin
 
 
 def patches(config: Any, target: str, precision: str) -> tuple[Patch, ...]:
@@ -76,7 +55,8 @@ FAMILY = Family(
     model_type="gemma3_text",
     config=Gemma3TextConfig.from_dict,
     refuse=refuse,
-    spec=spec,
+    spec=partial(decoder_spec, "Gemma3ForCausalLM"),
     build=Gemma3ForCausalLM,
     patches=patches,
+    rotary=rotary,
 )

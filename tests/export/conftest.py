@@ -6,16 +6,19 @@ calls must agree to the bit. Shapes: B rows, N tokens, S token slots, C cache sl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3ForCausalLM
+import transformers
+from transformers import DynamicCache
 
 from export.session import run
 from runtime.manifest import GraphEntry, read
@@ -35,12 +38,18 @@ class Truth:
 
 
 @cache
+def original_of(checkpoint: str) -> Any:
+    """The model of a checkpoint, as transformers loads it, in fp32 with eager attention."""
+    (architecture,) = json.loads((Path(checkpoint) / "config.json").read_text())["architectures"]
+    kind = getattr(transformers, architecture)
+    return kind.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@cache
 @torch.no_grad()
 def truth_of(checkpoint: str, rows: int, count: int = 40) -> Truth:
     """Logits of one token at a time over a growing cache with real sliding layers; keys of a whole pass."""
-    model = Gemma3ForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = original_of(checkpoint)
     ids = torch.from_numpy(np.random.default_rng(3).integers(0, model.config.vocab_size, (rows, count)))
     growing, whole = DynamicCache(config=model.config), DynamicCache()
     logits = [model(ids[:, i : i + 1], past_key_values=growing).logits for i in range(count)]
@@ -171,6 +180,12 @@ class Replay:
 def truth() -> Callable[..., Truth]:
     """`truth(checkpoint, rows, count=40)`: what transformers computes for random ids."""
     return truth_of
+
+
+@pytest.fixture(scope="session")
+def original() -> Callable[[str], Any]:
+    """`original(checkpoint)`: the model as transformers loads it."""
+    return original_of
 
 
 @pytest.fixture(scope="session")

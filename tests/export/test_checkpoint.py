@@ -131,7 +131,7 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM'"),
+    ({"architectures": ["MistralForCausalLM"]}, "architecture 'MistralForCausalLM'"),
     ({"architectures": None}, "architecture None"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),

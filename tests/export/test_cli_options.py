@@ -82,7 +82,7 @@ def test_a_head_size_that_the_target_does_not_take(tiny_checkpoint, tmp_path, ca
 def test_options_of_quantisation_reach_the_export(tmp_path, monkeypatch, capsys) -> None:
     asked = []
 
-    def fake(config, shapes, replace, say):
+    def fake(config, shapes, replace, say, vision=False):
         asked.append((config, [shape.slack for shape in shapes]))
         raise ZeroDivisionError
 

@@ -79,6 +79,24 @@ FUSED: dict[str, dict[str, Any]] = {  # heads of 24 are rotated before the op, o
     },
 }  # fmt: skip
 CASES |= FUSED
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+CASES |= {
+    "Llama 3, head not tied, biases": {
+        "family": "llama", "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True,
+        "rope_parameters": LLAMA3 | {"rope_theta": 1e4, "original_max_position_embeddings": 16},
+    },
+    "Llama, tied, fp16": {"family": "llama", "precision": "fp16"},
+    "fused, Llama, tied, biases, batch 2": {
+        "family": "llama", **ORT, "attention_bias": True, "mlp_bias": True, "batch": 2,
+    },
+    "Qwen 2, every second layer sliding": {"family": "qwen2"},
+    "fused, Qwen 2, every second layer sliding, yarn": {"family": "qwen2", **ORT, "rope_parameters": YARN},
+    "fused, Qwen 2, all full, head not tied": {
+        "family": "qwen2", **ORT, "use_sliding_window": False, "layer_types": None,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 Bundle = Callable[..., Path]
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextScaledWordEmbedding
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 import patches
 from patches.patch import Patch, applied
@@ -68,6 +70,32 @@ def test_rms_norm(scale: float) -> None:
     found, plain = with_and_without("rms_norm", seeded(Gemma3RMSNorm(48)), argument)
     # x / sqrt(m) for x * rsqrt(m): a few roundings of fp32
     torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-9)
+
+
+UNSHIFTED = {"llama": llama.LlamaRMSNorm, "qwen2": qwen2.Qwen2RMSNorm}
+
+
+@pytest.mark.parametrize("family", UNSHIFTED)
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_rms_norms_that_scale_by_the_weight_itself(family: str, scale: float) -> None:
+    argument = scale * torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+    module = seeded(UNSHIFTED[family](48))
+    found, plain = with_and_without(f"{family}_rms_norm", module, argument)
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-9)
+    onnx = as_onnx(f"{family}_rms_normalization", module.eval(), argument)
+    torch.testing.assert_close(onnx, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_plain_embeddings() -> None:
+    """Without a scale: exact where tied, rounded to fp16 where halved."""
+    module = seeded(nn.Embedding(40, 24))
+    found, plain = with_and_without("plain_tied_embedding", module, IDS)
+    assert torch.equal(found, plain)
+    for name in ("plain_half_embedding", "plain_half_tied_embedding"):
+        found, plain = with_and_without(name, module, IDS)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, module.weight[IDS].half().float())
+        assert not torch.equal(found, plain)
 
 
 def test_rms_norm_keeps_the_dtype() -> None:
@@ -139,6 +167,16 @@ def test_fused_mlp() -> None:
     argument = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(3))
     found, plain = with_and_without("fused_mlp", seeded(gemma3.Gemma3MLP(geometry())), argument)
     assert_near(found, plain)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_mlp_of_llama_and_qwen2(bias: bool) -> None:
+    argument = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(3))
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 3}
+    of_llama = seeded(llama.LlamaMLP(llama.LlamaConfig(**sizes, mlp_bias=bias)))
+    of_qwen2 = seeded(qwen2.Qwen2MLP(qwen2.Qwen2Config(**sizes)))
+    for name, module in (("llama_fused_mlp", of_llama), ("qwen2_fused_mlp", of_qwen2)):
+        assert_near(*with_and_without(name, module, argument))
 
 
 class StandIn:

@@ -32,6 +32,9 @@ class Letters:
         self.encoded.append(text)
         return [ord(letter) for letter in text]
 
+    def user(self, content: str, images: int = 0) -> dict[str, str]:
+        return {"role": "user", "content": "#" * images + content}
+
     def decode(self, ids) -> str:
         return "".join("ab" if key >= 1000 else chr(key) for key in ids if key != STOP)
 
@@ -89,3 +92,22 @@ def test_clear_begins_anew() -> None:
     chat.clear()
     assert chat.ids("q") == first
     assert chat.messages == []
+
+
+def test_pictures_stay_with_the_question_they_were_shown_before() -> None:
+    engine = Letters()
+    conversation = Conversation(engine)  # type: ignore[arg-type]
+    conversation.show("one.png")
+    conversation.show("two.png")
+    ids = conversation.ids("what?")
+    assert engine.encoded[-1].count("#") == 2
+    conversation.add("what?", ids, steps([ord("x")], engine))
+    conversation.show("lost.png")
+    conversation.ids("and this?")
+    conversation.forget()
+    assert conversation.images == ["one.png", "two.png"]
+    conversation.ids("really?")
+    whole = engine.chat_text([*conversation.messages, engine.user("really?")])
+    assert whole.count("#") == 2
+    conversation.clear()
+    assert conversation.images == []

@@ -1,0 +1,101 @@
+"""The commands that work on a bundle: `simplify`, `compile`, `validate`, `inspect`.
+
+torch and onnx are imported inside the commands: help and wrong use are told at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from export.output import Output
+from runtime.errors import CheckFailed, StillgraphError
+
+if TYPE_CHECKING:
+    from export.parity import Parity
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
+Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
+
+
+def simplify(bundle: Bundle, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Simplify a bundle's graphs again, in place, with the steps of this version."""
+    output = Output(quiet, as_json)
+    with output.progress() as say:
+        from export.resimplify import resimplify
+
+        changes = resimplify(bundle, say)
+    title = f"simplified {escape(str(bundle))}"
+    table = Table("graph", "nodes before", "nodes after", "largest difference", title=title)
+    for name, change in changes.items():
+        nodes = f"{change.nodes_before}", f"{change.nodes_after}"
+        table.add_row(name, *nodes, f"{change.worst_difference:.1e}")
+    if not any(change.changed for change in changes.values()):
+        table.caption = "no graph changed; the bundle is as it was"
+    output.result({"bundle": str(bundle), "graphs": {k: v.model_dump() for k, v in changes.items()}}, table)
+
+
+def compile_(
+    bundle: Bundle,
+    pack_fp32: Annotated[
+        bool, typer.Option("--pack-fp32", help="Pack weights of fp32 too: faster prefill, twice the disk.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Optimise a bundle's graphs and pack its weights for this machine, once instead of at every load."""
+    output = Output(quiet, as_json)
+    with output.progress() as say:
+        from export.compile import compile_bundle
+
+        compiled = compile_bundle(bundle, say, pack_fp32)
+    table = Table("file", "bytes", title=f"compiled {escape(str(bundle))} for {compiled.cpu}")
+    table.columns[1].justify = "right"
+    for file in compiled.files():
+        table.add_row(file.path, f"{file.nbytes:,}")
+    table.caption = f"largest difference {max(graph.worst_difference for graph in compiled.graphs):.1e}"
+    output.result({"bundle": str(bundle)} | compiled.model_dump(mode="json"), table)
+
+
+def validate(
+    bundle: Bundle,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The checkpoint.", show_default="the one that the manifest names"),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every slot of ctx in every setting.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Random ids, optimised graphs only.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a bundle's files, in ONNX Runtime, with PyTorch. Exit code 1 when a bound is broken."""
+    if full and quick:
+        raise StillgraphError("validate", "--full and --quick were both given", "give one of them")
+    depth: Literal["quick", "default", "full"] = "full" if full else "quick" if quick else "default"
+    output = Output(quiet, as_json)
+    with output.progress() as say:
+        from export.validate import validate as prove
+
+        parity = prove(bundle, model=model, depth=depth, say=say)
+    output.result({"bundle": str(bundle)} | parity.summary(), *parity.tables())
+    hold(bundle, parity)
+
+
+def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
+    """Show what is in a bundle: files, ops, memory, valid ranges, the last validation."""
+    from export.inspection import inspect as look
+    from export.inspection import tables
+
+    inspection = look(bundle)
+    Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))
+
+
+def hold(bundle: Path, parity: Parity) -> None:
+    """Raises CheckFailed where a validation broke a bound."""
+    if problem := parity.problem():
+        raise CheckFailed("validate", problem, f"see {bundle / 'reports' / 'parity.html'}")

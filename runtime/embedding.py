@@ -1,0 +1,44 @@
+"""The embed graph before a prefill that takes embeddings: ids to rows, and pictures into theirs.
+
+Shapes: B rows, P prompt slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from runtime.manifest import GraphEntry
+from runtime.session import Array, Runner, empty
+
+Fill = Callable[[Sequence[int], Array], None]
+
+
+class Embedder:
+    """Writes embeddings [B, P, hidden] where the prefill reads them.
+
+    fill(slots, rows): puts into the rows of slots below zero what is no token's embedding.
+    """
+
+    def __init__(self, entry: GraphEntry, load: Callable[[GraphEntry], Runner], fill: Fill) -> None:
+        self.entry, self._load, self._fill = entry, load, fill
+        self._ids = empty(entry.inputs[0])  # [B, P]
+        self._call: Callable[[], None] | None = None
+
+    def load(self, embeddings: Array) -> None:
+        """embeddings: the prefill's own input, which every run writes."""
+        self._embeddings = embeddings
+        arrays = {self.entry.inputs[0].name: self._ids, self.entry.outputs[0].name: embeddings}
+        self._call = self._load(self.entry).bind(arrays)
+
+    def unload(self) -> None:
+        self._call = None
+
+    def run(self, pieces: Sequence[Sequence[int]]) -> None:
+        """The embeddings of a piece a row; those behind its end are of token 0."""
+        assert self._call is not None
+        self._ids[:] = 0
+        for row, piece in enumerate(pieces):
+            self._ids[row, : len(piece)] = [max(slot, 0) for slot in piece]
+        self._call()
+        for piece, rows in zip(pieces, self._embeddings, strict=True):
+            self._fill(piece, rows)

@@ -1,0 +1,134 @@
+"""Pictures of a prompt: read, turned into features once, and put into their slots.
+
+Ids name tokens from 0 on. A slot of the prompt that holds a feature of a picture has a number below zero
+instead, the same one whenever the same pixels come again: so a cache that holds a prompt knows its pictures.
+Shapes: T features of a picture, S token slots, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from runtime.errors import StillgraphError
+from runtime.manifest import GraphEntry
+from runtime.session import Array, Runner, empty, return_memory
+from runtime.spec import VisionSpec
+
+if TYPE_CHECKING:
+    from runtime.image import Preprocessor, Source
+
+Load = Callable[[GraphEntry], Runner]
+STAGE = "read prompt"
+
+
+class Vision:
+    """The pictures of a bundle's prompts, and the graph that sees them.
+
+    one_at_a_time: the graph is in memory only while it runs. load_seconds: spent on loading it so far.
+    """
+
+    def __init__(
+        self,
+        spec: VisionSpec,
+        entry: GraphEntry | None,
+        preprocessor: Callable[[], Preprocessor],
+        load: Load,
+        one_at_a_time: bool = False,
+    ) -> None:
+        self.spec, self._entry, self._load, self.one_at_a_time = spec, entry, load, one_at_a_time
+        self._read_preprocessor = preprocessor
+        self._preprocessor: Preprocessor | None = None
+        self._numbers = dict[bytes, int]()  # of pictures, by a hash of their pixels; never given twice
+        self._pixels = dict[int, Array]()  # [3, H, W] of pictures whose features are still to be made
+        self._features = dict[int, Array]()  # [T, hidden], of the last request's pictures
+        self._call: Callable[[], None] | None = None
+        self.load_seconds = 0.0
+        if entry is not None and not one_at_a_time:
+            self._open(entry)
+
+    def expanded(self, text: str, token: str) -> str:
+        """A prompt's text with each mark as the image tokens of a picture. token: the image token's text."""
+        spec = self.spec
+        return text.replace(spec.mark, spec.before + token * spec.image_tokens + spec.after)
+
+    def place(self, ids: Sequence[int], images: Sequence[Source]) -> list[int]:
+        """The ids with the slots of these pictures in place of image tokens. Raises StillgraphError."""
+        found, each = list(ids).count(self.spec.image_token), self.spec.image_tokens
+        if found != each * len(images):
+            marks = f"{found // each} pictures ({found} image tokens of {each} a picture)"
+            problem = f"the prompt has room for {marks} and {len(images)} images are given"
+            raise StillgraphError(STAGE, problem, f"write {self.spec.mark} once for each image")
+        slots = (slot for number in self._numbered(images) for slot in self._slots(number))
+        return [next(slots) if token == self.spec.image_token else token for token in ids]
+
+    def see(self, prompts: Sequence[Sequence[int]], release: Callable[[], None]) -> None:
+        """Make the features that these prompts need and that are not there; forget all others.
+
+        release: called where other graphs are to leave memory first.
+        """
+        needed = {self._number(slot) for prompt in prompts for slot in prompt if slot < 0}
+        self._features = {number: rows for number, rows in self._features.items() if number in needed}
+        missing = sorted(needed - set(self._features))
+        if missing and self._call is None:
+            release()
+            self._open(self._graph())
+        for number in missing:
+            assert self._call is not None
+            self._inputs["pixel_values"][:] = self._pixels[number]
+            self._call()
+            self._features[number] = self._outputs["image_features"][0].copy()
+        self._pixels.clear()
+        if self.one_at_a_time and self._call is not None:
+            self._call = None
+            return_memory()
+
+    def fill(self, slots: Sequence[int], rows: Array) -> None:
+        """Put the features of the slots below zero into their rows of [S, hidden]."""
+        for index, slot in enumerate(slots):
+            if slot < 0:
+                rows[index] = self._features[self._number(slot)][(-1 - slot) % self.spec.image_tokens]
+
+    def _slots(self, number: int) -> Iterator[int]:
+        first = number * self.spec.image_tokens
+        return (-1 - (first + index) for index in range(self.spec.image_tokens))
+
+    def _number(self, slot: int) -> int:
+        return (-1 - slot) // self.spec.image_tokens
+
+    def _numbered(self, images: Iterable[Source]) -> Iterator[int]:
+        """The number of each picture."""
+        for pixels in self._read(list(images)):
+            digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+            number = self._numbers.setdefault(digest, len(self._numbers))
+            self._pixels[number] = pixels
+            yield number
+
+    def _read(self, images: list[Source]) -> Sequence[Array]:
+        """float32 [3, H, W] each. Raises StillgraphError for an image or a config that cannot be read."""
+        if not images:
+            return []
+        self._graph()
+        if self._preprocessor is None:
+            self._preprocessor = self._read_preprocessor()
+        pixels: Array = self._preprocessor.pixel_values(images)
+        wanted = self.spec.channels, self.spec.height, self.spec.width
+        if pixels.shape[1:] != wanted:
+            problem = f"images become {pixels.shape[1:]} pixels and the vision graph takes {wanted}"
+            raise StillgraphError("read image", problem, "put the bundle's preprocessor_config.json right")
+        return list(pixels)
+
+    def _graph(self) -> GraphEntry:
+        if self._entry is None:
+            remedy = "add one with 'stillgraph export vision' into the same --out"
+            raise StillgraphError(STAGE, "the bundle has no vision graph", remedy)
+        return self._entry
+
+    def _open(self, entry: GraphEntry) -> None:
+        began = time.perf_counter()
+        self._inputs = {port.name: empty(port) for port in entry.inputs}
+        self._outputs = {port.name: empty(port) for port in entry.outputs}
+        self._call = self._load(entry).bind({**self._inputs, **self._outputs})
+        self.load_seconds += time.perf_counter() - began

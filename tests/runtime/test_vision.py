@@ -1,0 +1,204 @@
+"""Pictures of a prompt: their slots, what is computed when, and what fills the rows. No ONNX Runtime here.
+
+The stand-in for a vision graph gives picture pixels of value v the features v + 0, v + 1, v + 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.chat import Template, in_parts
+from runtime.embedding import Embedder
+from runtime.errors import StillgraphError
+from runtime.manifest import File, GraphEntry
+from runtime.spec import GraphShape, ModelSpec, VisionSpec, input_ports, output_ports
+from runtime.vision import Vision
+
+T, HIDDEN, IMAGE = 3, 2, 7
+SPEC = VisionSpec(
+    channels=1, height=2, width=2, image_tokens=T, image_token=IMAGE, mark="<image>", before="[", after="]"
+)
+MODEL = ModelSpec(
+    architecture="Any", vocab_size=9, hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1,
+    head_dim=2, max_position_embeddings=64, layers=(), vision=SPEC,
+)  # fmt: skip
+
+
+def entry(shape: GraphShape) -> GraphEntry:
+    file = File(path="any.onnx", nbytes=0, sha256="0" * 64)
+    inputs, outputs = input_ports(MODEL, shape), output_ports(MODEL, shape)
+    return GraphEntry(shape=shape, file=file, inputs=inputs, outputs=outputs, aliases=())
+
+
+class Pixels:
+    """In place of a preprocessor: an image is a number, which all its pixels have."""
+
+    def pixel_values(self, images: Sequence[int]) -> np.ndarray:
+        return np.stack([np.full((1, 2, 2), image, np.float32) for image in images])
+
+
+class Seer:
+    """In place of a session; `seen` are the values of the pictures it ran over."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+        self.loads = 0
+
+    def load(self, entry: GraphEntry) -> Seer:
+        self.loads += 1
+        return self
+
+    def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
+        def call() -> None:
+            value = arrays["pixel_values"][0, 0, 0, 0]
+            self.seen.append(float(value))
+            arrays["image_features"][0] = value + np.arange(T, dtype=np.float32)[:, None]
+
+        return call
+
+
+def vision(seer: Seer, one_at_a_time: bool = False) -> Vision:
+    graph, preprocessor = entry(GraphShape(role="vision", slots=T)), Pixels()
+    read: Any = lambda: preprocessor  # noqa: E731
+    return Vision(SPEC, graph, read, seer.load, one_at_a_time)
+
+
+def nothing() -> None: ...
+
+
+IDS = [1, IMAGE, IMAGE, IMAGE, 2]
+
+
+def rows_of(pictures: Vision, slots: list[int]) -> list[float]:
+    rows = np.full((len(slots), HIDDEN), -1, np.float32)
+    pictures.fill(slots, rows)
+    return [float(value) for value in rows[:, 0]]
+
+
+def test_marks_become_image_tokens() -> None:
+    assert vision(Seer()).expanded("a<image>b<image>", "#") == "a[###]b[###]"
+
+
+def test_features_fill_their_slots() -> None:
+    pictures = vision(Seer())
+    slots = pictures.place([*IDS, IMAGE, IMAGE, IMAGE], [10, 20])
+    assert [slot for slot in slots if slot >= 0] == [1, 2]
+    assert len(set(slots)) == len(slots)
+    pictures.see([slots], nothing)
+    assert rows_of(pictures, slots) == [-1, 10, 11, 12, -1, 20, 21, 22]
+    assert rows_of(pictures, slots[2:6]) == [11, 12, -1, 20]
+
+
+def test_the_same_pixels_have_the_same_slots_and_are_seen_once() -> None:
+    seer = Seer()
+    pictures = vision(seer)
+    first = pictures.place(IDS, [10])
+    pictures.see([first], nothing)
+    second = pictures.place(IDS, [20])
+    assert second != first
+    assert pictures.place(IDS, [10]) == first
+    pictures.see([first, first], nothing)
+    assert seer.seen == [10]
+
+
+def test_pictures_of_former_requests_are_forgotten_and_can_come_again() -> None:
+    seer = Seer()
+    pictures = vision(seer)
+    first, second = pictures.place(IDS, [10]), pictures.place(IDS, [20])
+    for slots in (first, second):
+        pictures.see([pictures.place(IDS, [10 if slots is first else 20])], nothing)
+    assert len(pictures._features) == 1
+    pictures.see([pictures.place(IDS, [10])], nothing)
+    assert seer.seen == [10, 20, 10]
+    assert rows_of(pictures, first)[1:4] == [10, 11, 12]
+
+
+def test_a_text_without_pictures_needs_no_graph() -> None:
+    pictures = Vision(SPEC, None, pytest.fail, pytest.fail)  # type: ignore[arg-type]
+    assert pictures.place([1, 2], []) == [1, 2]
+    pictures.see([[1, 2]], pytest.fail)  # type: ignore[arg-type]
+
+
+def test_one_at_a_time_loads_when_others_have_left_and_leaves() -> None:
+    seer, order = Seer(), list[str]()
+    pictures = vision(seer, one_at_a_time=True)
+    assert seer.loads == 0
+    slots = pictures.place(IDS, [10])
+    pictures.see([slots], lambda: order.append(f"released before {seer.loads}"))
+    assert order == ["released before 0"]
+    pictures.see([slots], pytest.fail)  # type: ignore[arg-type]
+    assert seer.loads == 1
+    assert pictures._call is None
+
+
+@pytest.mark.parametrize(("images", "room"), [([], 1), ([1, 2], 1)])
+def test_other_numbers_of_pictures(images: list[Any], room: int) -> None:
+    with pytest.raises(StillgraphError, match=f"room for {room} pictures .* {len(images)} images"):
+        vision(Seer()).place(IDS, images)
+
+
+def test_an_image_token_too_many() -> None:
+    with pytest.raises(StillgraphError, match=r"4 image tokens of 3 a picture"):
+        vision(Seer()).place([*IDS, IMAGE], [1])
+
+
+def test_pixels_of_another_size_than_the_graph_takes() -> None:
+    class Other(Pixels):
+        def pixel_values(self, images: Sequence[int]) -> np.ndarray:
+            return np.zeros((len(images), 1, 2, 3), np.float32)
+
+    pictures = Vision(SPEC, entry(GraphShape(role="vision", slots=T)), Other, Seer().load)  # type: ignore[arg-type]
+    with pytest.raises(StillgraphError, match=r"become \(1, 2, 3\) .* takes \(1, 2, 2\)"):
+        pictures.place(IDS, [1])
+
+
+def test_the_embedder_writes_where_the_prefill_reads() -> None:
+    """A stand-in gives each id itself as its embedding; fill marks slots below zero."""
+
+    class Table:
+        def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
+            def call() -> None:
+                arrays["inputs_embeds"][:] = arrays["input_ids"][:, :, None]
+
+            return call
+
+    def fill(slots: Sequence[int], rows: np.ndarray) -> None:
+        for index, slot in enumerate(slots):
+            if slot < 0:
+                rows[index] = 100 - slot
+
+    embedder = Embedder(entry(GraphShape(role="embed", batch=2, slots=4)), lambda _: Table(), fill)
+    embeddings = np.full((2, 4, HIDDEN), np.nan, np.float32)
+    embedder.load(embeddings)
+    embedder.run([[5, -2, 6], [8]])
+    assert embeddings[:, :, 0].tolist() == [[5, 102, 6, 0], [8, 0, 0, 0]]
+    embedder.run([[1], [2, 3]])
+    assert embeddings[:, :, 0].tolist() == [[1, 0, 0, 0], [2, 3, 0, 0]]
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role }}:{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}"
+    "<image>{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def test_templates_of_parts_are_known() -> None:
+    assert Template(PARTS, {}).takes_parts
+    assert Template("{% if item['type'] == 'image' %}<start_of_image>{% endif %}", {}).takes_parts
+    assert Template("{% if content.type == 'image' %}x{% endif %}", {}).takes_parts
+    assert not Template("{% for m in messages %}{{ m.content }}{% endfor %}", {}).takes_parts
+
+
+@pytest.mark.parametrize(
+    ("content", "kinds"),
+    [("a", ["a"]), ("<image>a", [None, "a"]), ("a<image><image>b", ["a", None, None, "b"]), ("", [])],
+)
+def test_contents_in_parts(content: str, kinds: list[str | None]) -> None:
+    message = in_parts({"role": "user", "content": content}, "<image>")
+    assert [part.get("text") for part in message["content"]] == kinds
+    assert [part["type"] for part in message["content"]] == ["text" if kind else "image" for kind in kinds]
