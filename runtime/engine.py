@@ -164,8 +164,10 @@ class Engine:
         return self._generate(rows, self._request, began - loading)
 
     def reset(self) -> None:
-        """Forget the cache, so that the next request computes its whole prompt."""
+        """Forget the cache and the pictures, so that the next request computes its whole prompt."""
         self.graphs.reset()
+        if self.vision is not None:
+            self.vision.reset()
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat, ready for the model's answer. Raises StillgraphError."""

@@ -159,13 +159,14 @@ class GraphPair:
         """Append one token a row; logits [B, V] of the next one, valid until the next call.
 
         None is for a row that has ended: it gives its last token again, into the same slot, or where that
-        slot has moved begins an empty cache.
+        slot has moved, or holds a picture's feature, begins an empty cache.
         """
         self._use(self._decode)
         ids, past = self._decode.inputs["input_ids"], self._decode.inputs["past_length"]
         for row, token in enumerate(tokens):
             cached = self.cached[row]
-            if token is None and not self._can_return(len(cached), len(cached) - 1):
+            seen = bool(cached) and cached[-1] < 0
+            if token is None and (seen or not self._can_return(len(cached), len(cached) - 1)):
                 cached.clear()
             ids[row, 0] = token if token is not None else cached[-1] if cached else 0
             past[row] = len(cached) if token is not None else max(0, len(cached) - 1)

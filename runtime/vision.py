@@ -27,7 +27,8 @@ STAGE = "read prompt"
 class Vision:
     """The pictures of a bundle's prompts, and the graph that sees them.
 
-    one_at_a_time: the graph is in memory only while it runs. load_seconds: spent on loading it so far.
+    one_at_a_time: the graph is in memory only while it runs. load_seconds, seconds: spent so far on loading
+    it, and on running it.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Vision:
         self._pixels = dict[int, Array]()  # [3, H, W] of pictures whose features are still to be made
         self._features = dict[int, Array]()  # [T, hidden], of the last request's pictures
         self._call: Callable[[], None] | None = None
-        self.load_seconds = 0.0
+        self.load_seconds = self.seconds = 0.0
         if entry is not None and not one_at_a_time:
             self._open(entry)
 
@@ -75,15 +76,21 @@ class Vision:
         if missing and self._call is None:
             release()
             self._open(self._graph())
+        began = time.perf_counter()
         for number in missing:
             assert self._call is not None
             self._inputs["pixel_values"][:] = self._pixels[number]
             self._call()
             self._features[number] = self._outputs["image_features"][0].copy()
+        self.seconds += time.perf_counter() - began
         self._pixels.clear()
         if self.one_at_a_time and self._call is not None:
             self._call = None
             return_memory()
+
+    def reset(self) -> None:
+        """Forget all features; a picture that comes again is seen again."""
+        self._features.clear()
 
     def fill(self, slots: Sequence[int], rows: Array) -> None:
         """Put the features of the slots below zero into their rows of [S, hidden]."""

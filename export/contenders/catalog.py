@@ -109,6 +109,7 @@ def find(source: Source) -> list[Contender]:
             options={"dtype": dtype, "sha256": source.checkpoint_sha256},
             missing=missing,
             exact=exact,
+            sees=True,
         )
         for name, label, dtype, exact in (
             ("torch", "PyTorch eager fp32", "float32", True),

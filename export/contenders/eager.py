@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
+from transformers.image_utils import load_image
 
 from export.checkpoint import open_checkpoint
 
@@ -22,8 +24,10 @@ class Eager:
         dtype = getattr(torch, request.options["dtype"])
         model: Any = checkpoint.load()
         self.model = model.to(dtype).eval()
-        self.swap_seconds = 0.0
-        weights = sum(parameter.nbytes for parameter in self.model.parameters()) / MB
+        self.swap_seconds = self.vision_seconds = 0.0
+        self.image, self.folder = request.image, checkpoint.folder
+        decoder = [*checkpoint.family.decoder(model).parameters(), model.lm_head.weight]
+        weights = sum(parameter.nbytes for parameter in set(decoder)) / MB
         tied = self.model.config.tie_word_embeddings
         table = self.model.get_input_embeddings().weight.nbytes / MB
         self.facts = {
@@ -34,11 +38,20 @@ class Eager:
 
     @torch.inference_mode()
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
-        cache, fed = None, torch.tensor([ids])
+        cache, fed, seen = None, torch.tensor([ids]), self.seen() if self.image else {}
         for _ in range(count):
-            output = self.model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, fed = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            output = self.model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1, **seen)
+            cache, fed, seen = output.past_key_values, output.logits[:, -1:].argmax(-1), {}
             yield int(fed)
+
+    def seen(self) -> dict[str, Any]:
+        """The picture, read and preprocessed by transformers, as the features that the model takes."""
+        processor = transformers.AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+        pixels = processor(images=load_image(self.image), return_tensors="pt")["pixel_values"]
+        began = time.perf_counter()
+        found = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype))
+        self.vision_seconds += time.perf_counter() - began
+        return {"mm_encoder_outputs": {"image": found}}
 
 
 def open_contender(request: Any) -> Eager:

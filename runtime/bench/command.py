@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.bench.compare import Entry, check, measure, prepare, prompt_ids, sweep
+from runtime.bench.compare import Entry, check, ids_of, measure, prepare, sweep
 from runtime.bench.lineup import Subject, lineup, open_subject
 from runtime.bench.report import Machine, Profile, Report, Result, Setting, ratio
 from runtime.bench.table import (
-    BRIEF,
     against,
     brief,
+    brief_columns,
     by_setting,
     cells,
     columns,
@@ -62,6 +62,9 @@ def bench(
         int | None, typer.Option(help="Default: every core this process may use.", min=1)
     ] = None,
     turns: Annotated[int, typer.Option(help="Counted runs of each, after one that is not.", min=1)] = 10,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture in the prompt, of a model that sees; its tokens count.")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also where the bundle's time goes.")] = False,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The checkpoint, where it is not where it was.")
@@ -84,6 +87,7 @@ def bench(
         new_tokens=new_tokens,
         ctx=subject.ctx,
         threads=threads or available_cores(),
+        image=str(image.resolve()) if image else None,
     )
     names = [name.strip() for name in against_.split(",") if name.strip()]
     entries = _entries(subject, base, names, sweep_, work, model)
@@ -123,8 +127,7 @@ class Bench:
 
         self.out.mkdir(parents=True, exist_ok=True)
         prepare(self.entries, say)
-        vocab = self.subject.manifest.model.vocab_size
-        measure(self.entries, vocab, self.turns, patience, say, self.save)
+        measure(self.entries, self.subject.manifest.model, self.turns, patience, say, self.save)
 
     def report(self) -> Report:
         results = tuple(entry.result() for entry in self.entries)
@@ -176,7 +179,7 @@ def _entries(
         settings = sweep(option, base)
     entries = []
     for setting in settings:
-        check(setting)
+        check(setting, subject.manifest.model.vision)
         contenders = lineup(subject, subject.source(work, model, setting.ctx), names)
         entries += [Entry(contender, setting) for contender in contenders]
     return entries
@@ -204,7 +207,7 @@ def machine(threads: int) -> Machine:
 def _profiles(bundle: Path, subject: Subject, setting: Setting) -> tuple[Profile, ...]:
     from runtime.bench.hotspots import profiles
 
-    ids = prompt_ids(setting.prompt_tokens, subject.manifest.model.vocab_size)
+    ids = ids_of(setting.model_copy(update={"image": None}), subject.manifest.model)
     return profiles(bundle, ids, setting.new_tokens, setting.threads)
 
 
@@ -217,7 +220,7 @@ def _tell(report: Report, out: Path, as_json: bool) -> None:
     if not console.is_terminal:
         console.width = FILE_WIDTH
     for setting, results in by_setting(report).items():
-        table = Table(*BRIEF, title=told(setting), title_justify="left")
+        table = Table(*brief_columns(report), title=told(setting), title_justify="left")
         for result in results:
             table.add_row(*map(escape, brief(result, report)))
         console.print(table)

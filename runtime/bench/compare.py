@@ -6,14 +6,17 @@ import random
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from runtime.bench.contender import Contender
 from runtime.bench.harness import Request
 from runtime.bench.report import Result, Setting
 from runtime.bench.turns import Turn, TurnFailed, take_turn
 from runtime.errors import StillgraphError
+from runtime.spec import ModelSpec, VisionSpec
 
 FIRST_ID = 10  # below it lie the special tokens of most vocabularies
+BEFORE = 4  # tokens of a prompt before its picture
 Say = Callable[[str], None]
 
 
@@ -44,7 +47,10 @@ class Entry:
 def prepare(entries: Sequence[Entry], say: Say) -> None:
     """Make the models that are not there. One that cannot be made gets a note and takes no part."""
     for entry in entries:
-        entry.note = entry.note or entry.contender.missing
+        blind = entry.setting.image is not None and not entry.contender.sees
+        entry.note = (
+            entry.note or entry.contender.missing or ("it is given no pictures here" if blind else None)
+        )
         for making in entry.contender.prepare:
             if entry.note is None and not making.path.exists():
                 say(f"making {making.path}")
@@ -56,7 +62,12 @@ def prepare(entries: Sequence[Entry], say: Say) -> None:
 
 
 def measure(
-    entries: Sequence[Entry], vocab: int, turns: int, patience: float, say: Say, save: Callable[[], object]
+    entries: Sequence[Entry],
+    spec: ModelSpec,
+    turns: int,
+    patience: float,
+    say: Say,
+    save: Callable[[], object],
 ) -> None:
     """Every contender once, uncounted, then `turns` times, in turns A B C A B C. `save` follows each run.
 
@@ -69,7 +80,7 @@ def measure(
             label = f"{entry.contender.label}, prompt {entry.setting.prompt_tokens}"
             say(f"turn {turn} of {turns}: {label}" if turn else f"warm-up: {label}")
             try:
-                found = take_turn(entry.contender, request(entry, vocab), turn, patience)
+                found = take_turn(entry.contender, request(entry, spec), turn, patience)
             except TurnFailed as error:
                 entry.note = f"{error} (turn {turn})"
             else:
@@ -80,11 +91,27 @@ def measure(
             save()
 
 
-def request(entry: Entry, vocab: int) -> Request:
+def request(entry: Entry, spec: ModelSpec) -> Request:
     setting, contender = entry.setting, entry.contender
-    ids = prompt_ids(setting.prompt_tokens, vocab)
-    model, options = contender.model, contender.options
-    return Request(model, ids, setting.new_tokens, setting.threads, setting.ctx, options)
+    return Request(
+        contender.model,
+        ids_of(setting, spec),
+        setting.new_tokens,
+        setting.threads,
+        setting.ctx,
+        contender.options,
+        setting.image,
+    )
+
+
+def ids_of(setting: Setting, spec: ModelSpec) -> list[int]:
+    """A prompt's ids; those of a picture, and no others, are image tokens."""
+    ids, vision = prompt_ids(setting.prompt_tokens, spec.vocab_size), spec.vision
+    if vision is None:
+        return ids
+    ids = [token if token != vision.image_token else vision.image_token - 1 for token in ids]
+    image = [vision.image_token] * (vision.image_tokens if setting.image is not None else 0)
+    return [*ids[:BEFORE], *image, *ids[BEFORE + len(image) :]]
 
 
 def prompt_ids(count: int, vocab: int) -> list[int]:
@@ -108,8 +135,10 @@ def sweep(option: str, base: Setting) -> list[Setting]:
         raise StillgraphError("bench", problem, "write for example --sweep prompt=16,128,512") from None
 
 
-def check(setting: Setting) -> None:
+def check(setting: Setting, vision: VisionSpec | None = None) -> None:
     """Refuse a setting that not every contender can do in full. Raises StillgraphError."""
+    if setting.image is not None:
+        _check_image(setting.image, setting.prompt_tokens, vision)
     wanted = setting.prompt_tokens + setting.new_tokens
     if wanted > setting.ctx + 1:  # the last token is made and not fed
         problem = f"{setting.prompt_tokens} prompt tokens and {setting.new_tokens} new ones are over"
@@ -117,3 +146,14 @@ def check(setting: Setting) -> None:
         raise StillgraphError("bench", problem, "lower --prompt-tokens or --new-tokens")
     if setting.new_tokens < 2:
         raise StillgraphError("bench", "one new token has no time per token", "give --new-tokens 2 or more")
+
+
+def _check_image(image: str, prompt_tokens: int, vision: VisionSpec | None) -> None:
+    if vision is None:
+        problem = f"--image {image} for a model that takes text alone"
+        raise StillgraphError("bench", problem, "leave it out")
+    if not Path(image).is_file():
+        raise StillgraphError("bench", f"--image {image} is no file", "name a picture")
+    if prompt_tokens <= BEFORE + vision.image_tokens:
+        problem = f"--prompt-tokens {prompt_tokens} has no room for a picture of {vision.image_tokens} tokens"
+        raise StillgraphError("bench", problem, f"give {BEFORE + vision.image_tokens + 1} or more")

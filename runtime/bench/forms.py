@@ -70,6 +70,7 @@ def as_contender(name: str, bundle: Path, prepare: tuple[Making, ...] = ()) -> C
         options={"compiled": str("compiled" in words), "unload": str("unload" in words)},
         prepare=prepare,
         exact=not re.search(r"-(fp16|int8|int4)", name),
+        sees=True,
     )
 
 

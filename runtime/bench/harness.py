@@ -31,7 +31,8 @@ class Request:
     """What every contender is asked.
 
     model: a file or folder of its own kind; ids: the prompt; tokens: how many to make; options: words of its
-    own kind, such as {"dtype": "bfloat16"}.
+    own kind, such as {"dtype": "bfloat16"}; image: path of a picture whose image tokens are among the ids,
+    only for contenders that see.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Request:
     threads: int
     ctx: int
     options: dict[str, str]
+    image: str | None = None
 
 
 class Contender(Protocol):
@@ -47,6 +49,7 @@ class Contender(Protocol):
 
     facts: what it says of itself, any of: versions {package: version}, weights_mb, cache_mb, read_mb.
     swap_seconds: time spent so far on loading graphs since it was opened; 0.0 where it never does.
+    vision_seconds: time spent so far from pixels to features; only of contenders that see.
     """
 
     facts: dict[str, Any]
@@ -68,7 +71,7 @@ def main(file: str, request: Request) -> dict[str, Any]:
     marks.append((time.monotonic(), "request"))
     before = [measure(contender, request.ids, 1, []) for _ in range(PREFILLS - 1)]
     row = measure(contender, request.ids, request.tokens, marks)
-    row["ttft_ms"] = statistics.median(one["ttft_ms"] for one in [*before, row])
+    row |= {name: statistics.median(one[name] for one in [*before, row]) for name in ("ttft_ms", "vision_ms")}
     known = [value for value in (loaded, warm, pss_mb()) if value is not None]
     return row | {
         "load_ms": 1e3 * (marks[1][0] - began),
@@ -85,7 +88,7 @@ def measure(
 ) -> dict[str, Any]:
     """One request; its phases are added to `marks`. Graphs that are loaded within it count as swap_ms."""
     marks.append((time.monotonic(), "prefill"))
-    tokens, swapped = [], contender.swap_seconds
+    tokens, swapped, saw = [], contender.swap_seconds, getattr(contender, "vision_seconds", 0.0)
     others = busy_seconds() - time.process_time()
     began = time.perf_counter()
     clock = [(began, swapped)]
@@ -102,6 +105,7 @@ def measure(
         "ttft_ms": times[0],
         "step_ms": times[1:],
         "swap_ms": 1e3 * (clock[-1][1] - swapped),
+        "vision_ms": 1e3 * (getattr(contender, "vision_seconds", 0.0) - saw),
         "other_cores": max(0.0, others / (clock[-1][0] - began)),
         "tokens": tokens,
     }

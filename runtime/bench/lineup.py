@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.bench.contender import Contender, Source, others
@@ -114,9 +114,9 @@ def subject_named(contender: Contender, manifest: Manifest) -> Contender:
     """A bundle under its folder's name, run as `load` would run it."""
     like = subject(Path(contender.model), manifest)
     label = f"{like.label} ({contender.name})"
-    return Contender(contender.name, label, like.group, like.file, like.model, like.options, exact=like.exact)
+    return replace(like, name=contender.name, label=label, prepare=())
 
 
 def ctx_of(manifest: Manifest) -> int:
     """Tokens that a bundle's cache can hold."""
-    return max(graph.shape.limit for graph in manifest.graphs.values())
+    return max(graph.shape.limit for graph in manifest.graphs.values() if graph.shape.caches)

@@ -12,6 +12,7 @@ from runtime.loading import load
 from runtime.manifest import Manifest
 
 MB = 1e6
+SEEING = ("vision_tower", "multi_modal_projector")  # in the names of weights
 
 
 class Ours:
@@ -20,6 +21,7 @@ class Ours:
         self.engine = load(request.model, unload_prefill=unload, threads=request.threads, compiled=compiled)
         self.engine._stop_tokens = frozenset()  # random weights choose stop tokens like any other
         self.loaded = self.engine.load_seconds
+        self.images = [request.image] if request.image else []
         manifest = self.engine.manifest
         self.facts = {
             "versions": {"onnxruntime": onnxruntime.__version__},
@@ -32,9 +34,13 @@ class Ours:
     def swap_seconds(self) -> float:
         return self.engine.load_seconds - self.loaded
 
+    @property
+    def vision_seconds(self) -> float:
+        return self.engine.vision.seconds if self.engine.vision else 0.0
+
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         self.engine.reset()
-        return (step.token for step in self.engine.stream(ids, max_new_tokens=count))
+        return (step.token for step in self.engine.stream(ids, images=self.images, max_new_tokens=count))
 
 
 def weights_mb(manifest: Manifest, bundle: Path, compiled: bool) -> float:
@@ -53,12 +59,16 @@ def cache_mb(manifest: Manifest) -> float | None:
 
 
 def read_mb(manifest: Manifest) -> float | None:
-    """Weights that a step reads: all but a table of which it takes one row. None with a prefill's own."""
+    """Weights that a step reads: all but a table of which it takes one row, and what sees pictures.
+
+    None with a prefill's own.
+    """
     if manifest.quantisation and manifest.quantisation.fast_prefill:
         return None
     tensors = manifest.weights.tensors
     untied = any(name.startswith("lm_head") for name in tensors)
-    read = [t.nbytes for name, t in tensors.items() if not (untied and "embed_tokens" in name)]
+    unread = [*SEEING, *(["embed_tokens"] if untied else [])]
+    read = [t.nbytes for name, t in tensors.items() if not any(part in name for part in unread)]
     return sum(read) / MB
 
 

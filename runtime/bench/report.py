@@ -17,12 +17,16 @@ Phase = Literal["load", "first request", "request"]
 
 
 class Setting(Frozen):
-    """What is asked of every contender: the point of a sweep, and the only one where there is none."""
+    """What is asked of every contender: the point of a sweep, and the only one where there is none.
+
+    image: path of a picture in the prompt, whose image tokens are among its tokens.
+    """
 
     prompt_tokens: PositiveInt = 128
     new_tokens: PositiveInt = 64
     ctx: PositiveInt = 1024
     threads: PositiveInt = 1
+    image: str | None = None
 
 
 class Run(Frozen):
@@ -30,7 +34,8 @@ class Run(Frozen):
 
     ttft_ms, first_ttft_ms: from the request to its first token, of the counted and of the first request.
     step_ms: each later step of the counted request. swap_ms: time within the counted request that went into
-    loading graphs (`--unload-prefill`); it is in neither of the former. other_cores: cores that the rest of
+    loading graphs (`--unload-prefill`); it is in neither of the former. vision_ms: of ttft_ms, time from
+    pixels to features; 0 without a picture. other_cores: cores that the rest of
     the machine used during the request.
     """
 
@@ -40,6 +45,7 @@ class Run(Frozen):
     ttft_ms: float
     step_ms: tuple[float, ...]
     swap_ms: float = 0.0
+    vision_ms: float = 0.0
     peak_rss_mb: float
     peak_pss_mb: float | None
     other_cores: float

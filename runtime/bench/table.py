@@ -13,6 +13,7 @@ NOTHING = "-"
 BRIEF = (
     "contender",
     "TTFT ms",
+    "vision ms",
     "TPOT ms",
     "load ms",
     "PSS MB",
@@ -44,6 +45,11 @@ def brief(result: Result, report: Report) -> list[str]:
     return [column.cell(result, report) or NOTHING for column in _columns(report) if column.heading in BRIEF]
 
 
+def brief_columns(report: Report) -> list[str]:
+    """The headings of `brief`."""
+    return [heading for heading in columns(report) if heading in BRIEF]
+
+
 def by_setting(report: Report) -> dict[Setting, list[Result]]:
     """The results at each point of a sweep, in order."""
     found: dict[Setting, list[Result]] = {}
@@ -57,8 +63,9 @@ def markdown(report: Report) -> str:
     parts = []
     for setting, results in by_setting(report).items():
         rows = [brief(result, report) for result in results]
-        lines = ["| " + " | ".join(row) + " |" for row in [BRIEF, *rows]]
-        lines.insert(1, "|---" * len(BRIEF) + "|")
+        head = brief_columns(report)
+        lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+        lines.insert(1, "|---" * len(head) + "|")
         parts.append("\n".join([told(setting) + ":\n", *lines]))
     parts += charts(report)
     machine = report.machine
@@ -73,7 +80,7 @@ def markdown(report: Report) -> str:
 def told(setting: Setting) -> str:
     return (
         f"prompt {setting.prompt_tokens}, {setting.new_tokens} new tokens, ctx {setting.ctx},"
-        f" {setting.threads} threads"
+        f" {setting.threads} threads" + (f", with {setting.image}" if setting.image else "")
     )
 
 
@@ -105,8 +112,10 @@ def disagreements(report: Report) -> list[str]:
 
 
 def _columns(report: Report) -> list[Column]:
+    saw = Column("vision ms", lambda r, _: _median(r, lambda run: run.vision_ms or None))
     time = [
         Column("TTFT ms", lambda r, _: _spread(r, lambda run: run.ttft_ms)),
+        *([saw] if any(run.vision_ms for result in report.results for run in result.runs) else []),
         Column("TPOT ms", lambda r, _: _spread(r, _tpot)),
         Column("mean", lambda r, _: _mean(r, _tpot)),
         Column("p95", lambda r, _: _number(tpot_percentile(r, 0.95), 1)),

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from export.contenders.catalog import PEERS, find
 from export.contenders.transformers4 import folder_for_transformers4
 from runtime.bench.contender import Source
+from runtime.bench.forms import subject
 from runtime.bench.harness import Request
 from runtime.bench.turns import TurnFailed, run_once
+from runtime.manifest import read
 
 
 def source(checkpoint: Path, work: Path, sha256: str = "0" * 64) -> Source:
@@ -57,6 +61,23 @@ def test_eager_makes_the_tokens_that_the_model_makes(tiny_checkpoint, tmp_path, 
         ids = [*ids, token]
     assert turn.facts["weights_mb"] == pytest.approx(sum(p.nbytes for p in model.parameters()) / 1e6)
     assert set(turn.facts["versions"]) == {"torch", "transformers"}
+
+
+def test_a_picture_and_its_tokens(tiny_bundle, tmp_path) -> None:
+    """PyTorch and a bundle of ours make the same of them, and both say what seeing took."""
+    bundle, image = tiny_bundle(family="llava"), tmp_path / "a.png"
+    manifest = read(bundle)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (14, 20, 3), np.uint8)).save(image)
+    vision, folder = manifest.model.vision, Path(manifest.source.id)
+    ids = [5, 9, *[vision.image_token] * vision.image_tokens, 11]
+    eager = find(source(folder, tmp_path, manifest.source.checkpoint_sha256))[0]
+    turns = [
+        run_once(made, Request(made.model, ids, 8, 1, 40, made.options, str(image)), 1)
+        for made in (eager, subject(bundle, manifest))
+    ]
+    assert turns[0].run.tokens == turns[1].run.tokens
+    assert all(0 < turn.run.vision_ms < turn.run.ttft_ms for turn in turns)
+    assert turns[0].facts["read_mb"] == pytest.approx(turns[1].facts["read_mb"], rel=0.1)
 
 
 def test_another_checkpoint_than_the_bundle_s_is_told(tiny_checkpoint, tmp_path) -> None:

@@ -123,6 +123,18 @@ def test_text_from_pictures(tiny_bundle: Bundle, original: Any, name: str, promp
     assert [step.token for step in again] == expected
 
 
+def test_a_row_nobody_asked_for_does_not_spoil_its_picture(tiny_bundle: Bundle) -> None:
+    """It holds a copy of a prompt that ends in a picture, and each step writes something behind that."""
+    bundle, prompt, images = tiny_bundle(batch=2, **LLAVA), "ab<image>", [drawn(1)]
+    engine = load(bundle, threads=1)
+    first = [step.logprob for step in engine.stream(prompt, images=images, max_new_tokens=3)]
+    rows = engine.stream_batch([prompt] * 2, images=[images] * 2, max_new_tokens=3)
+    found: list[list[float]] = [[], []]
+    for row, step in rows:
+        found[row].append(step.logprob)
+    np.testing.assert_allclose(found, [first, first], atol=FP32)
+
+
 def test_one_graph_at_a_time_gives_the_same(tiny_bundle: Bundle) -> None:
     bundle, prompt, images = tiny_bundle(**LLAVA), "ab<image>c<image>", [drawn(1), drawn(2)]
     texts = []

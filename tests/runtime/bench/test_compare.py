@@ -12,14 +12,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.bench.compare import Entry, check, measure, prepare, prompt_ids, sweep
+from runtime.bench.compare import Entry, check, ids_of, measure, prepare, prompt_ids, sweep
 from runtime.bench.contender import Contender, Making
 from runtime.bench.report import Machine, Report, Result, Run, Setting, Spread, ratio, tpot_percentile
 from runtime.bench.table import cells, columns, disagreements, equal_tokens, markdown
 from runtime.bench.turns import TurnFailed
+from runtime.errors import StillgraphError
+from runtime.spec import ModelSpec, VisionSpec
 
 BASE = Setting(prompt_tokens=4, new_tokens=4, ctx=64, threads=1)
 MACHINE = Machine(cpu="a CPU", cores=2, memory_gb=24, system="Linux", bandwidth=30)
+
+MODEL = ModelSpec(
+    architecture="Any", vocab_size=100, hidden_size=2, num_attention_heads=1, num_key_value_heads=1,
+    head_dim=2, max_position_embeddings=64, layers=(),
+)  # fmt: skip
+VISION = VisionSpec(channels=1, height=2, width=2, image_tokens=3, image_token=20, mark="<image>")
+SEEING = MODEL.model_copy(update={"vision": VISION})
 
 
 def run(turn: int, ttft: float = 10.0, step: float = 2.0, tokens: tuple[int, ...] = (1, 2, 3)) -> Run:
@@ -61,7 +70,7 @@ def turns_taken(monkeypatch):
 
 def test_contenders_take_turns_after_one_that_is_not_counted(tmp_path, turns_taken) -> None:
     entries = [entry("a", tmp_path), entry("b", tmp_path)]
-    measure(entries, 100, 2, 0, lambda text: None, lambda: None)
+    measure(entries, MODEL, 2, 0, lambda text: None, lambda: None)
     assert turns_taken == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert [found.turn for found in entries[0].result().runs] == [1, 2]
     assert entries[0].result().weights_mb == 1.0
@@ -70,7 +79,7 @@ def test_contenders_take_turns_after_one_that_is_not_counted(tmp_path, turns_tak
 def test_one_that_fails_keeps_its_rows_and_stops_nothing(tmp_path, turns_taken) -> None:
     entries = [entry("bad", tmp_path), entry("b", tmp_path)]
     saved = count()
-    measure(entries, 100, 3, 0, lambda text: None, lambda: next(saved))
+    measure(entries, MODEL, 3, 0, lambda text: None, lambda: next(saved))
     bad, good = (found.result() for found in entries)
     assert [found.turn for found in bad.runs] == [1]
     assert bad.note == "it fell over (turn 2)"
@@ -88,7 +97,7 @@ def test_what_cannot_be_made_or_run_is_a_row_that_says_so(tmp_path, turns_taken)
         entry("made", tmp_path, prepare=(Making(tmp_path / "model", writes),)),
     ]
     prepare(entries, lambda text: None)
-    measure(entries, 100, 1, 0, lambda text: None, lambda: None)
+    measure(entries, MODEL, 1, 0, lambda text: None, lambda: None)
     notes = [found.result().note for found in entries]
     assert notes == ["not installed: pip install it", "it cannot be made: no disk left", None]
     assert {name for name, _ in turns_taken} == {"made"}
@@ -198,3 +207,43 @@ def test_a_run_that_is_stopped_leaves_its_rows(bundle_of, tmp_path, how) -> None
     found = Report.model_validate_json(path.read_text(encoding="utf-8"))
     assert 2 <= len(found.results[0].runs) < 1000
     assert (tmp_path / "out" / "bench.md").exists() == (how == signal.SIGTERM)
+
+
+def test_a_picture_s_tokens_are_among_the_prompt_s() -> None:
+    plain = ids_of(BASE.model_copy(update={"prompt_tokens": 500}), SEEING)
+    assert 20 not in plain
+    assert 20 in prompt_ids(500, 100)
+    ids = ids_of(BASE.model_copy(update={"prompt_tokens": 12, "image": "a.png"}), SEEING)
+    assert len(ids) == 12
+    assert ids == [*plain[:4], 20, 20, 20, *plain[7:12]]
+    assert ids_of(BASE, MODEL) == prompt_ids(4, 100)
+
+
+def test_one_that_does_not_see_is_given_no_picture(tmp_path) -> None:
+    entries = [entry("a", tmp_path, sees=True), entry("b", tmp_path)]
+    for found in entries:
+        found.setting = BASE.model_copy(update={"image": "a.png"})
+    prepare(entries, lambda text: None)
+    assert [found.note for found in entries] == [None, "it is given no pictures here"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens", "words"),
+    [
+        (None, 12, "takes text alone"),
+        (VISION, 7, "no room for a picture of 3 tokens"),
+        (VISION, 8, "no file"),
+    ],
+)
+def test_a_picture_that_cannot_be_asked_about(tmp_path, spec, tokens, words) -> None:
+    image = tmp_path / "a.png"
+    if words != "no file":
+        image.touch()
+    with pytest.raises(StillgraphError, match=words):
+        check(BASE.model_copy(update={"prompt_tokens": tokens, "image": str(image)}), spec)
+
+
+def test_time_of_vision_is_a_column_where_there_is_some() -> None:
+    saw = run(1).model_copy(update={"vision_ms": 7.0})
+    assert "| vision ms |" in markdown(report(result("torch", run(1)), result("b", saw)))
+    assert "vision ms" not in markdown(report(result("torch", run(1))))
