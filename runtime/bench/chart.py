@@ -18,6 +18,9 @@ config:
         showDataLabel: true
         xAxis:
             labelFontSize: 13
+    themeVariables:
+        xyChart:
+            plotColorPalette: "#7aa7f5"
 ---
 xychart-beta horizontal
     title "{title}"
