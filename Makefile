@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 DEMO := artifacts/demo
+SEEING := artifacts/demo-vision
 SCHEMA := runtime/manifest.schema.json
 
 .DEFAULT_GOAL := help
@@ -13,12 +14,15 @@ SCHEMA := runtime/manifest.schema.json
 help:  ## Show this
 	@sed -n "s/^\([a-z]*\):.*  ## /\1	/p" Makefile
 
-demo: $(VENV)/.export  ## Export the demo bundle, validate it, write text from it
+demo: $(VENV)/.export  ## Export the demo bundles, validate them, write text from one, ask one about a picture
 	$(BIN)/stillgraph export bundle --out $(DEMO)
 	$(BIN)/stillgraph run $(DEMO) --prompt "Once upon a time"
+	$(BIN)/stillgraph export bundle -m demo-vision --out $(SEEING)
+	$(BIN)/python -m export.scenes $(SEEING)/scene.png
+	$(BIN)/stillgraph run $(SEEING) --image $(SEEING)/scene.png --chat --prompt "How many shapes are there?"
 
 test: $(VENV)/.dev  ## Run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/.dev  ## Ratios to PyTorch beside those kept in tests/guard, in 3 minutes; warns, never fails
 	@$(BIN)/python tests/guard/guard.py artifacts/bench
@@ -33,7 +37,7 @@ schema: $(VENV)/.dev  ## Write the JSON Schema of the manifest
 	$(BIN)/python -c "from runtime.manifest import json_schema; print(json_schema(), end=str())" > $(SCHEMA)
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) $(DEMO) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(DEMO) $(SEEING) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find export runtime patches tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch before the rest, because it is most of the download.

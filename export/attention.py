@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PART = 1 << 24  # scores that are made at a time where nothing is masked: 64 MB
 MASKED = torch.finfo(torch.float32).min  # finite: a padding row that sees nothing stays a number
 
 
@@ -34,11 +35,21 @@ def portable_attention(
     kv_heads = key.shape[1]
     # The heads of a group are neighbours, so folding them into the rows is a reshape and nothing moves.
     query = (query * scaling).reshape(batch, kv_heads, heads // kv_heads * slots, size)
+    if attention_mask is None and (rows := PART // (batch * kv_heads * key.shape[2])) < query.shape[2]:
+        # Every query of a tower sees every patch: together their scores may be more than all its weights.
+        parts = [_attend(part, key, value, None, softcap) for part in torch.split(query, rows, dim=2)]
+        output = torch.cat(parts, dim=2)
+    else:
+        output = _attend(query, key, value, attention_mask, softcap)
+    return output.reshape(batch, heads, slots, size).transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
+    """Queries [B, KV, R, D], scaled, over all keys: [B, KV, R, D]."""
     scores = torch.matmul(query, key.transpose(2, 3))  # [B, KV, G * S, C]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    if mask is not None:
+        scores = scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    output = torch.matmul(weights, value).reshape(batch, heads, slots, size)
-    return output.transpose(1, 2), None
+    return torch.matmul(weights, value)

@@ -9,18 +9,39 @@ import torch
 from torch import Tensor
 
 
-def visible(positions: Tensor, slots: int, window: int | None) -> Tensor:
-    """Which cache slots each query position may read: bool [B, S, slots].
+def visible(
+    positions: Tensor, keys: int | Tensor, window: int | None, picture: Tensor | None = None
+) -> Tensor:
+    """Which keys each query position may read: bool [B, S, C].
 
-    Slot j holds position j. A position sees itself and everything before it; in a sliding layer only the
-    last `window` positions, itself included (`sliding_window_causal_mask` of transformers).
+    A position sees itself and everything before it, and what is of its own picture; in a sliding layer only
+    the last `window` positions, itself included, and what is behind it (`sliding_window_causal_mask` and
+    `create_masks_for_vision_model` of transformers).
 
-    positions: int64 [B, S], absolute. Computed from positions alone, so one rule serves every graph.
+    positions: int64 [B, S], absolute; keys: the positions of the keys, int64 [B, C], or how many they are
+    where key j has position j; picture: `same_picture`, where a picture's tokens see each other.
     """
-    slot = torch.arange(slots)[None, None, :]  # [1, 1, C]
+    key = (torch.arange(keys)[None] if isinstance(keys, int) else keys)[:, None, :]  # [B, 1, C]
     query = positions[:, :, None]  # [B, S, 1]
-    seen = slot <= query
-    return seen if window is None else seen & (slot > query - window)
+    seen = key <= query
+    if picture is not None:
+        seen = seen | picture
+    return seen if window is None else seen & (key > query - window)
+
+
+def same_picture(pictures: Tensor, source: Tensor) -> Tensor:
+    """Which keys are of the same picture as the query: bool [B, S, C].
+
+    pictures: int64 [B, S], numbers of the new tokens' pictures, 0 for text; source: int64 [B, C], which of
+    the new tokens a key is, outside 0 to S - 1 where it is none of them: pictures come whole.
+    """
+    slots = pictures.shape[1]
+    inside = (source >= 0) & (source < slots)
+    source = source.clamp(0, slots - 1)
+    rows = [pictures[row].index_select(0, source[row])[None] for row in range(pictures.shape[0])]
+    keys = torch.where(inside, torch.cat(rows), 0)[:, None, :]
+    query = pictures[:, :, None]
+    return (query == keys) & (query > 0)
 
 
 def write(past: Tensor, new: Tensor, past_length: Tensor, new_length: Tensor | None) -> Tensor:

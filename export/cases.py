@@ -54,6 +54,8 @@ def pictured(manifest: Manifest) -> list[Plan]:
     if vision is None or manifest.graph("vision") is None or manifest.graph("prefill") is None:
         return []
     first = picture.end(vision) + 1
+    if vision.bidirectional:  # then no row may end in the picture
+        first += (rows(manifest) - 1) * ROW_STAGGER
     if first >= limit(manifest) or (first > (max_len(manifest) or 0) and not continues(manifest)):
         return []
     prompts = tuple(sorted({first, *(prompt for prompt in edges(manifest) if prompt > first)}))

@@ -22,6 +22,7 @@ from runtime.spec import ModelSpec
 
 STAGE = "read checkpoint"
 DEMO = Path(__file__).parent / "demo_checkpoint"
+SHIPPED = {"demo": DEMO, "demo-vision": Path(__file__).parent / "demo_vision_checkpoint"}
 HEAD = "lm_head.weight"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -100,7 +101,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Find, read and check a checkpoint: `demo`, a local folder or a hub id. Raises StillgraphError."""
+    """Find, read and check a checkpoint: of SHIPPED, a local folder or a hub id. Raises StillgraphError."""
     folder = _folder(model)
     raw = read_json(folder / "config.json", "name a folder with a Hugging Face checkpoint")
     architectures = raw.get("architectures") or [None]
@@ -157,13 +158,13 @@ def _valid_config(model: str) -> Iterator[None]:
 
 
 def _folder(model: str) -> Path:
-    if model == "demo":
-        return DEMO
+    if model in SHIPPED:
+        return SHIPPED[model]
     if Path(model).is_dir():
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise StillgraphError(
-            STAGE, f"{model}: no such folder", "name a checkpoint folder, a hub id or 'demo'"
+            STAGE, f"{model}: no such folder", "name a checkpoint folder, a hub id, 'demo' or 'demo-vision'"
         )
     from huggingface_hub import snapshot_download
 

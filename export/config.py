@@ -147,10 +147,13 @@ def with_pictures(
         if shape.grows:
             problem = f"a dynamic graph of a {spec.architecture} is not made"
             raise StillgraphError(STAGE, problem, "export a static bundle")
-        if shape.limit <= spec.vision.image_tokens:
+        tokens, whole = spec.vision.image_tokens, spec.vision.bidirectional and shape.role == "prefill"
+        if shape.limit <= tokens or (whole and shape.slots < tokens):
             option = f"--ctx {shape.limit}" if shape.ctx else f"--max-len {shape.limit} without --ctx"
-            problem = f"{option} has no room for a picture of {spec.vision.image_tokens} tokens"
-            raise StillgraphError(STAGE, problem, "raise it")
+            if shape.limit > tokens:
+                option = f"--max-len {shape.slots}"
+            problem = f"{option} has no room for a picture of {tokens} tokens"
+            raise StillgraphError(STAGE, problem, f"raise it to {tokens} or more")
         found.append(shape)
     if vision is not False:
         found.append(GraphShape(role="vision", slots=spec.vision.image_tokens))

@@ -23,7 +23,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -34,11 +34,9 @@ from transformers import (
 )
 
 from export import stories as st
+from export.demo_tokenizer import CHAT_TEMPLATE, SPECIAL, tokenizer_of
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
-SPECIAL = (
-    "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <mask> <start_of_image> <end_of_image> <image>"
-).split()
 VOCABULARY = 1024
 CONTEXT = 1024  # tokens of the longest text, in training as in scoring
 STEPS = 2500
@@ -106,35 +104,13 @@ def short_turns(text: str) -> list[tuple[int, int]]:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Gemma's special tokens: any UTF-8 text survives encode and decode."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    """Of words that stories and chats have."""
     rng = random.Random(f"tokenizer {seed}")
     corpus = [text for text, _ in (exercise(rng, st.tell(rng, 200, lambda fact: True)) for _ in range(300))]
     corpus += ["\n".join(m["content"] for m in st.chat(rng, 100)) for _ in range(300)]
     values = {value for attribute in st.ATTRIBUTES for value in attribute.values}
     corpus += sorted(f" {value}" for value in values) * 200  # a value in one token is recalled in one step
-    backend.train_from_iterator([text.replace("<eos>", "") for text in corpus], trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = (CHECKPOINT / "chat_template.jinja").read_text()
-    return tokenizer
+    return tokenizer_of([text.replace("<eos>", "") for text in corpus], VOCABULARY)
 
 
 class Batches:
@@ -213,9 +189,8 @@ def save(model: Gemma3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
     GenerationConfig.from_dict(
         {"bos_token_id": 2, "eos_token_id": [1, turn], "pad_token_id": 0}
     ).save_pretrained(out)
-    template = CHECKPOINT / "chat_template.jinja"
-    if template.resolve() != (out / template.name).resolve():
-        shutil.copy(template, out)
+    if CHAT_TEMPLATE.resolve() != (out / CHAT_TEMPLATE.name).resolve():
+        shutil.copy(CHAT_TEMPLATE, out)
 
 
 def score(out: Path, seed: int, questions: int = 300) -> None:

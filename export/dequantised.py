@@ -16,6 +16,7 @@ from runtime.manifest import Manifest
 from runtime.spec import Role
 
 BLOCKED = ("packed", "columns")  # parts of a weight in blocks, of which each stored one has one
+TURNED = ".transpose"  # of a name: a matrix that the checkpoint has with a column for each output
 CHANNELS = "channels"  # the part of one with a scale a row
 
 
@@ -27,12 +28,10 @@ def dequantise(model: torch.nn.Module, manifest: Manifest, role: Role) -> None:
     is read from that file: a mistake in how it is packed is an error of the graph, as it should be. Raises
     CheckFailed where the file holds a weight that the model has not.
     """
-    parameters = dict(model.named_parameters())
-    for name, form in forms(
-        manifest, role, {name: p.shape[1] for name, p in parameters.items() if p.dim() > 1}
-    ):
-        parameter = parameters[name]
-        parameter.copy_(quantise(parameter, form).dequantise())
+    matrices: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    matrices |= {f"{name}{TURNED}": p.T for name, p in matrices.items() if p.dim() == 2}
+    for name, form in forms(manifest, role, {name: matrix.shape[1] for name, matrix in matrices.items()}):
+        matrices[name].copy_(quantise(matrices[name], form).dequantise())
 
 
 def forms(manifest: Manifest, role: Role, columns: dict[str, int]) -> Iterator[tuple[str, Format]]:

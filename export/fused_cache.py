@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from runtime.spec import GraphShape, LayerSpec, ModelSpec
+from runtime.spec import GraphShape, ModelSpec
 
 GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
 ROTARY_MULTIPLE = 16  # of the RoPE inside the op; other heads are rotated before it
@@ -43,20 +43,36 @@ class FusedCache:
 
         query: [B, S, H * D], key and value: [B, S, KV * D], normalised, RoPE not yet applied.
         """
-        index: int = module.layer_idx  # type: ignore[assignment]
-        layer, scaling = self.spec.layers[index], module.scaling
+        layer = self.spec.layers[module.layer_idx]  # type: ignore[index]
         cos, sin = self.rotary[layer.kind]
         if self.rotates_before:
             query, key = (self.rotate(heads, cos, sin) for heads in (query, key))
+        return self.call(module, query, key, value, not self.rotates_before)
+
+    def call(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rotates: bool) -> Tensor:
+        """The op itself, which writes the cache: [B, S, heads * D] of any number of query heads.
+
+        rotates: whether it applies RoPE.
+        """
+        index: int = module.layer_idx  # type: ignore[assignment]
+        layer, scaling = self.spec.layers[index], module.scaling
         past_key, past_value = self.past[index]
         # Without sliding_window_cache the op wants all positions to fit, and takes this as their number.
         total = torch.tensor(self.shape.limit + (self.shape.slack or 0), dtype=torch.int32)
         inputs: list[Tensor | None] = [query, key, value, past_key, past_value, self.last, total]
-        inputs += [None, None] if self.rotates_before else [cos, sin]
+        inputs += self.rotary[layer.kind] if rotates else [None, None]
         output, *present = torch.onnx.ops.symbolic_multi_out(
             GROUP_QUERY_ATTENTION,
             [*inputs, *UNUSED, self.new_length],
-            attrs=self.attributes(layer, float(scaling)),  # type: ignore[arg-type]
+            attrs={  # RoPE rotates halves (`rotate_half` of transformers): not interleaved
+                "num_heads": query.shape[-1] // self.spec.head_dim,
+                "kv_num_heads": self.spec.num_key_value_heads,
+                "scale": float(scaling),  # type: ignore[arg-type]
+                "do_rotary": int(rotates),
+                "rotary_interleaved": 0,
+                "local_window_size": layer.window or -1,
+                "sliding_window_cache": int(self.shape.evicts(layer)),
+            },
             dtypes=[query.dtype] * 3,
             shapes=[query.shape, past_key.shape, past_value.shape],
             version=1,
@@ -80,18 +96,6 @@ class FusedCache:
             version=23,
         )
         return rotated
-
-    def attributes(self, layer: LayerSpec, scaling: float) -> dict[str, int | float]:
-        """The op's attributes. RoPE rotates halves (`rotate_half` of transformers): not interleaved."""
-        return {
-            "num_heads": self.spec.num_attention_heads,
-            "kv_num_heads": self.spec.num_key_value_heads,
-            "scale": scaling,
-            "do_rotary": int(not self.rotates_before),
-            "rotary_interleaved": 0,
-            "local_window_size": layer.window or -1,
-            "sliding_window_cache": int(self.shape.evicts(layer)),
-        }
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Asked for by models that make their own positions; ours are in the op."""

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from export import picture
 from export.session import open_graph, run
 from runtime.manifest import GraphEntry, Manifest
-from runtime.spec import past_names, present_names
+from runtime.spec import marks_pictures, past_names, present_names
 
 POISON = 1e4  # far over any key or value, and finite, as a slot left by a former prompt would be
 Cache = dict[str, np.ndarray]  # buffers [B, KV, C, D] by input name; a call replaces or overwrites them
@@ -58,11 +58,15 @@ class GraphRun:
 
         All rows end with the last chunk; a row too short for that waits at slot 0.
         """
-        graph = self._graph("prefill")
-        slots, done = graph.shape.slots, np.zeros_like(lengths)
-        for left in range(-(-int(lengths.max()) // slots), 0, -1):
+        graph, vision = self._graph("prefill"), self.manifest.model.vision
+        slots, done, longest = graph.shape.slots, np.zeros_like(lengths), int(lengths.max())
+        seen = None if self.features is None else vision
+        first = min(longest, slots) if seen is None else picture.uncut(0, min(longest, slots), seen)
+        for left in range(1 - (first - longest) // slots, 0, -1):
             waits = lengths - done < left
             count = np.where(waits, 1, np.minimum(slots, lengths - done - left + 1))
+            if seen is not None:
+                count = np.array([picture.uncut(*row, seen) for row in zip(done, count, strict=True)])
             chunk = np.full((len(self.rows), slots), self.manifest.tokens.pad or 0, np.int64)
             for row in self.rows:
                 chunk[row, : count[row]] = ids[row, done[row] : done[row] + count[row]]
@@ -87,10 +91,12 @@ class GraphRun:
         pack = self.optimised and self.manifest.quantisation is not None
         session = open_graph(self.bundle / embed.file.path, self.optimised, pack)
         (embeddings,) = session.run(None, {"input_ids": chunk})
+        pictures = np.zeros_like(chunk)
         if self.features is not None:
             for row in self.rows:
-                picture.fill(embeddings[row], int(past[row]), self.features)
-        return {"inputs_embeds": embeddings}
+                pictures[row] = picture.fill(embeddings[row], int(past[row]), self.features)
+        marks = {"token_type_ids": pictures} if marks_pictures(self.manifest.model, graph.shape) else {}
+        return {"inputs_embeds": embeddings, **marks}
 
     def _graph(self, role: str) -> GraphEntry:
         graph = self.manifest.graph(role)

@@ -13,19 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from export.attention import additive_mask
-from export.cache import StaticCache, visible
+from export.cache import StaticCache, same_picture, visible
 from export.families import Family
 from export.fused_cache import FusedCache
 from export.growing_cache import GrowingCache
-from runtime.spec import GraphShape, ModelSpec
+from export.picture_cache import PictureCache
+from runtime.spec import GraphShape, ModelSpec, marks_pictures
 
 
-def masks(spec: ModelSpec, positions: Tensor, slots: int) -> dict[str, Tensor]:
-    """The additive mask of each layer kind, for queries at `positions` [B, S] over `slots` keys."""
+def masks(
+    spec: ModelSpec, positions: Tensor, slots: int, pictures: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The additive mask of each layer kind, for queries at `positions` [B, S] over `slots` keys.
+
+    pictures: `same_picture`'s, of the tokens at these positions.
+    """
     groups = spec.num_attention_heads // spec.num_key_value_heads
     windows = {layer.kind: layer.window for layer in spec.layers}
+    same = None
+    if pictures is not None:
+        same = same_picture(pictures, torch.arange(slots)[None] - positions[:, :1])
     return {
-        kind: additive_mask(visible(positions, slots, window), groups) for kind, window in windows.items()
+        kind: additive_mask(visible(positions, slots, window, same), groups)
+        for kind, window in windows.items()
     }
 
 
@@ -49,26 +59,30 @@ class Graph(nn.Module):
         past_length: Tensor | None,
         new_length: Tensor | None,
         past: tuple[Tensor, ...],
+        pictures: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run the decoder over ids [B, S] or embeddings [B, S, hidden].
 
-        Returns (logits [B, 1, V], key, value of layer 0, key, ...).
+        pictures: int64 [B, S], numbers of pictures whose tokens see each other, 0 for text. Returns (logits
+        [B, 1, V], key, value of layer 0, key, ...).
         """
         positions = torch.arange(tokens.shape[1])[None, :].expand(tokens.shape[0], -1)
         attention_masks: dict[str, Tensor | None]
         buffers = list(zip(past[::2], past[1::2], strict=True)) if past else None
-        cache: StaticCache | FusedCache
+        cache: StaticCache | FusedCache | PictureCache
         if self.shape.slack is not None:
             assert past_length is not None
             assert buffers is not None
             valid = torch.ones_like(past_length) if new_length is None else new_length
             cache = FusedCache(self.spec, self.shape, buffers, (past_length, valid), self.rotary)
+            if pictures is not None:
+                cache = PictureCache(cache, pictures)
             attention_masks = dict.fromkeys((layer.kind for layer in self.spec.layers), None)
         else:
             if past_length is not None:
                 positions = positions + past_length[:, None]
             cache = StaticCache(buffers, past_length, new_length)
-            attention_masks = {**masks(self.spec, positions, self.shape.limit)}
+            attention_masks = {**masks(self.spec, positions, self.shape.limit, pictures)}
         hidden = self.decoder(
             **{"inputs_embeds" if self.shape.embeds else "input_ids": tokens},
             attention_mask=self.family.masks(self.model.config, attention_masks),
@@ -114,9 +128,11 @@ def last_valid(hidden: Tensor, length: Tensor) -> Tensor:
 class PrefillGraph(Graph):
     """`max_len` right-padded token slots, from nothing or continuing a cache of `ctx` slots."""
 
-    def forward(self, tokens: Tensor, prompt_length: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, prompt_length: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """rest: numbers of pictures where the model wants them, past_length and past where there is a ctx."""
+        pictures, cache = (rest[0], rest[1:]) if marks_pictures(self.spec, self.shape) else (None, rest)
         past_length, past = (cache[0], cache[1:]) if cache else (None, ())
-        return self.step(tokens, past_length, prompt_length, past)
+        return self.step(tokens, past_length, prompt_length, past, pictures)
 
 
 class DecodeGraph(Graph):

@@ -14,6 +14,7 @@ from runtime.manifest import Manifest
 from runtime.spec import VisionSpec
 
 BEFORE = 4  # tokens before the picture
+NUMBER = 1  # of the picture, among those of a call
 
 
 def pixels(vision: VisionSpec, seed: int = 0) -> np.ndarray:
@@ -38,11 +39,21 @@ def end(vision: VisionSpec) -> int:
     return BEFORE + vision.image_tokens
 
 
-def fill(embeddings: np.ndarray, first: int, features: np.ndarray) -> None:
-    """Put the picture's features [T, hidden] into embeddings [S, hidden] of the positions from `first` on."""
+def fill(embeddings: np.ndarray, first: int, features: np.ndarray) -> np.ndarray:
+    """Put the picture's features [T, hidden] into embeddings [S, hidden] of the positions from `first` on.
+
+    Returns the number of each slot's picture, int64 [S], 0 for text.
+    """
     positions = first + np.arange(len(embeddings)) - BEFORE
     inside = (positions >= 0) & (positions < len(features))
     embeddings[inside] = features[positions[inside]]
+    return np.where(inside, NUMBER, 0)
+
+
+def uncut(first: int, count: int, vision: VisionSpec) -> int:
+    """How many of `count` tokens from position `first` on a call takes that must not cut the picture."""
+    stop = first + count
+    return BEFORE - first if vision.bidirectional and first < BEFORE < stop < end(vision) else count
 
 
 def features(bundle: Path, manifest: Manifest, optimised: bool) -> np.ndarray:

@@ -50,9 +50,11 @@ def reference(
     image = torch.from_numpy(picture.pixels(vision)) if vision else None
     for start, stop in pairwise([0, *range(whole or CHUNK, ids.shape[1], CHUNK), ids.shape[1]]):
         chunk = torch.from_numpy(ids[:, start:stop])
-        given = (
-            {"pixel_values": image.expand(len(ids), -1, -1, -1)} if image is not None and not start else {}
-        )
+        given = {}
+        if vision is not None and image is not None and not start:
+            given["pixel_values"] = image.expand(len(ids), -1, -1, -1)
+            if vision.bidirectional:
+                given["token_type_ids"] = (chunk == vision.image_token).long()
         wanted = sorted(positions & set(range(start, start + chunk.shape[1])))
         kept = torch.tensor(wanted or [start]) - start  # the head is most of a small model's work
         options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": kept}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from runtime.chunks import numbered
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty
 
@@ -16,17 +17,20 @@ Fill = Callable[[Sequence[int], Array], None]
 class Embedder:
     """Writes embeddings [B, P, hidden] where the prefill reads them.
 
-    fill(slots, rows): puts into the rows of slots below zero what is no token's embedding.
+    fill(slots, rows): puts into the rows of slots below zero what is no token's embedding; image_tokens: of
+    each picture.
     """
 
-    def __init__(self, entry: GraphEntry, load: Callable[[GraphEntry], Runner], fill: Fill) -> None:
-        self.entry, self._load, self._fill = entry, load, fill
+    def __init__(
+        self, entry: GraphEntry, load: Callable[[GraphEntry], Runner], fill: Fill, image_tokens: int
+    ) -> None:
+        self.entry, self._load, self._fill, self.image_tokens = entry, load, fill, image_tokens
         self._ids = empty(entry.inputs[0])  # [B, P]
         self._call: Callable[[], None] | None = None
 
-    def load(self, embeddings: Array) -> None:
-        """embeddings: the prefill's own input, which every run writes."""
-        self._embeddings = embeddings
+    def load(self, embeddings: Array, pictures: Array | None) -> None:
+        """The prefill's own inputs, which every run writes; pictures: their numbers, where it asks."""
+        self._embeddings, self._pictures = embeddings, pictures
         arrays = {self.entry.inputs[0].name: self._ids, self.entry.outputs[0].name: embeddings}
         self._call = self._load(self.entry).bind(arrays)
 
@@ -42,3 +46,7 @@ class Embedder:
         self._call()
         for piece, rows in zip(pieces, self._embeddings, strict=True):
             self._fill(piece, rows)
+        if self._pictures is not None:
+            self._pictures[:] = 0
+            for row, piece in enumerate(pieces):
+                self._pictures[row, : len(piece)] = numbered(piece, self.image_tokens)

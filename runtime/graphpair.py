@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from runtime.chunks import calls, fitting, units
 from runtime.embedding import Embedder
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty, return_memory
@@ -79,7 +80,7 @@ class BoundGraph:
             outputs = {name: written[self.past_of.get(name, name)] for name in present}
             self._calls.append(runner.bind({**past, **outputs, **self.inputs, "logits": self.logits}))
         if self.embedder:
-            self.embedder.load(self.inputs["inputs_embeds"])
+            self.embedder.load(self.inputs["inputs_embeds"], self.inputs.get("token_type_ids"))
 
     def unload(self) -> None:
         self._calls.clear()
@@ -130,6 +131,8 @@ class GraphPair:
         present = Buffers([port for port in prefill.outputs if port.name != "logits"], 1)
         self._decode = BoundGraph(decode, load, shared)
         self._prefill = BoundGraph(prefill, load, shared if self.continues else present, embedder)
+        whole = embedder is not None and "token_type_ids" in self._prefill.inputs
+        self._together = embedder.image_tokens if embedder and whole else 1  # slots that one call must take
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]
         if one_at_a_time:
             if embedder is None:  # else a picture may come first
@@ -191,23 +194,24 @@ class GraphPair:
         """How many tokens of each prompt are kept from the cache, and how many chunks the others take."""
         done = [self._reusable(row, prompt) for row, prompt in enumerate(prompts)]
         while True:
-            todo = [len(prompt) - count for prompt, count in zip(prompts, done, strict=True)]
-            chunks = -(-max(todo) // self.slots)
+            todo = [self._units(prompt[count:]) for prompt, count in zip(prompts, done, strict=True)]
+            chunks = max(calls(lengths, self.slots) for lengths in todo)
             # Each call feeds each row: one with too little left for that can only wait at its first slot.
-            short = [row for row, count in enumerate(todo) if count < chunks and done[row]]
+            short = [row for row, lengths in enumerate(todo) if len(lengths) < chunks and done[row]]
             if not short:
                 return done, chunks
             for row in short:
                 done[row] = 0
 
     def _chunk(self, prompts: Sequence[Sequence[int]], left: int) -> None:
-        """Feed each row what it can take, leaving it a token for each of the `left` - 1 chunks after."""
+        """Feed each row what it can take, leaving it something for each of the `left` - 1 chunks after."""
         inputs, pieces = self._prefill.inputs, list[Sequence[int]]()
         for row, prompt in enumerate(prompts):
             cached = self.cached[row]
-            start, todo = len(cached), len(prompt) - len(cached)
-            waits = todo < left  # only from the first slot, which is then written again
-            piece = prompt[start : start + (1 if waits else min(self.slots, todo - left + 1))]
+            start, todo = len(cached), self._units(prompt[len(cached) :])
+            waits = len(todo) < left  # only from the first slot, which is then written again
+            taken = min(fitting(todo, self.slots), len(todo) - left + 1)
+            piece = prompt[start : start + (1 if waits else sum(todo[:taken]))]
             pieces.append(piece)
             inputs["prompt_length"][row] = len(piece)
             if self.continues:
@@ -216,6 +220,9 @@ class GraphPair:
                 cached.extend(piece)
         self._prefill.give(pieces)
         self._prefill.run()
+
+    def _units(self, slots: Sequence[int]) -> list[int]:
+        return units(slots, self._together)
 
     def _copy_to_decode(self) -> None:
         """The filled slots of a prefill with buffers of its own, into the buffers the decode reads next."""

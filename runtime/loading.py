@@ -65,7 +65,9 @@ def load(
     else:
         pair, layers = _pair(folder, manifest), manifest.model.layers
         embed = _entry(folder, manifest, "embed") if pair[0].shape.embeds else None
-        embedder = Embedder(embed, open_graph, vision.fill) if embed and vision else None
+        embedder = (
+            Embedder(embed, open_graph, vision.fill, vision.spec.image_tokens) if embed and vision else None
+        )
         graphs = GraphPair(*pair, layers, open_graph, one, embedder)
     graphs.load_seconds = time.perf_counter() - began - (vision.load_seconds if vision else 0.0)
     return Engine(manifest, graphs, text, folder, vision)

@@ -48,8 +48,9 @@ class LayerSpec(Frozen):
 class VisionSpec(Frozen):
     """What a decoder is given of a picture: `image_tokens` features, each in a slot of the prompt.
 
-    image_token: the id that stands in those slots; mark: what stands for a picture in a prompt's text, and
-    `before`, `after` what the text has around its image tokens instead.
+    image_token: the id that stands in those slots; bidirectional: whether a picture's slots see each other
+    in both directions, so that it comes whole in one call of the prefill; mark: what stands for a picture in
+    a prompt's text, and `before`, `after` what the text has around its image tokens instead.
     """
 
     channels: PositiveInt
@@ -58,6 +59,7 @@ class VisionSpec(Frozen):
     image_tokens: PositiveInt
     image_token: NonNegativeInt
     mark: str
+    bidirectional: bool = False
     before: str = ""
     after: str = ""
 
@@ -195,6 +197,11 @@ def cache_shape(spec: ModelSpec, shape: GraphShape, layer: int) -> tuple[int, in
     return shape.batch, spec.num_key_value_heads, shape.capacity(spec.layers[layer]), spec.head_dim
 
 
+def marks_pictures(spec: ModelSpec, shape: GraphShape) -> bool:
+    """Whether a graph is told which slots are of a picture, because they see each other."""
+    return shape.embeds and spec.vision is not None and spec.vision.bidirectional
+
+
 def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     """The inputs of a graph, in order."""
     if shape.role == "vision":
@@ -210,6 +217,10 @@ def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     if shape.role == "prefill":
         meaning = "valid tokens of this call, at least 1"
         ports.append(Port(name="prompt_length", dtype="int64", shape=rows, meaning=meaning))
+    if marks_pictures(spec, shape):
+        meaning = "k for slots of the k-th image of the call, which see each other; 0 for text"
+        sizes = shape.batch, shape.slots
+        ports.append(Port(name="token_type_ids", dtype="int64", shape=sizes, meaning=meaning))
     if shape.ctx is not None:
         ports.append(
             Port(name="past_length", dtype="int64", shape=rows, meaning="tokens already in the cache")

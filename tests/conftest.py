@@ -6,12 +6,16 @@ Folders that these fixtures return are shared: a test that changes one copies it
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Two processes run the tests on two cores; libraries that are loaded after this keep to one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEMPLATE = (
@@ -83,12 +87,47 @@ LLAVA: dict[str, Any] = {
     "vision_feature_layer": -1,
     "tie_word_embeddings": True,
 }
-PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 12},
-    "crop_size": {"height": 12, "width": 12},
+# A tower of 6 x 6 patches, pooled to 9 tokens: more than the window, fewer than a prefill takes.
+GEMMA3_VISION: dict[str, Any] = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "text_config": SMALL | {"max_position_embeddings": 128},
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 4,
+        "vision_use_head": False,
+    },
+    "mm_tokens_per_image": 9,
+    "image_token_index": IMAGE,
+    "boi_token_index": IMAGE + 1,
+    "eoi_token_index": IMAGE + 2,
+    "tie_word_embeddings": True,
 }
-FAMILIES = {"llava": LLAVA, "gemma3": SMALL, "llama": LLAMA, "qwen2": QWEN2}
+PROCESSORS = {
+    "llava": {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 12},
+        "crop_size": {"height": 12, "width": 12},
+    },
+    "gemma3": {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": 24, "width": 24},
+        "do_convert_rgb": True,
+    },
+}
+MARKS = ["<image>", "<start_of_image>", "<end_of_image>"]
+FAMILIES = {
+    "llava": LLAVA,
+    "gemma3_vision": GEMMA3_VISION,
+    "gemma3": SMALL,
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+}
 Shapes = list[tuple[str, int, int | None]]  # (role, slots, ctx) of each graph
 PAIR: Shapes = [("prefill", 16, 40), ("decode", 1, 40)]
 
@@ -139,7 +178,7 @@ def tiny_bundle(
         from export.config import request
         from runtime.spec import GraphShape
 
-        vision = None if config.get("family") == "llava" else False
+        vision = None if config.get("family") in ("llava", "gemma3_vision") else False
 
         checkpoint = tiny_checkpoint(**config)
         extra = None if target == "portable" else slack
@@ -180,9 +219,9 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     GenerationConfig(bos_token_id=2, eos_token_id=[1, 5], pad_token_id=0).save_pretrained(folder)
     sees = "vision_config" in raw
-    write_tokenizer(folder, ["<image>"] if sees else [])
+    write_tokenizer(folder, MARKS if sees else [])
     if sees:
-        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[raw["model_type"]]))
 
 
 def randomise(model: Any, seed: int) -> None:

@@ -26,6 +26,8 @@ class Eager:
         self.model = model.to(dtype).eval()
         self.swap_seconds = self.vision_seconds = 0.0
         self.image, self.folder = request.image, checkpoint.folder
+        vision = checkpoint.spec.vision
+        self.sees_both_ways = vision is not None and vision.bidirectional
         decoder = [*checkpoint.family.decoder(model).parameters(), model.lm_head.weight]
         weights = sum(parameter.nbytes for parameter in set(decoder)) / MB
         tied = self.model.config.tie_word_embeddings
@@ -38,20 +40,22 @@ class Eager:
 
     @torch.inference_mode()
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
-        cache, fed, seen = None, torch.tensor([ids]), self.seen() if self.image else {}
+        cache, fed, seen = None, torch.tensor([ids]), self.seen(ids) if self.image else {}
         for _ in range(count):
             output = self.model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1, **seen)
             cache, fed, seen = output.past_key_values, output.logits[:, -1:].argmax(-1), {}
             yield int(fed)
 
-    def seen(self) -> dict[str, Any]:
+    def seen(self, ids: list[int]) -> dict[str, Any]:
         """The picture, read and preprocessed by transformers, as the features that the model takes."""
         processor = transformers.AutoImageProcessor.from_pretrained(self.folder, backend="pil")
         pixels = processor(images=load_image(self.image), return_tensors="pt")["pixel_values"]
         began = time.perf_counter()
         found = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype))
         self.vision_seconds += time.perf_counter() - began
-        return {"mm_encoder_outputs": {"image": found}}
+        marks = torch.tensor([ids]) == self.model.config.image_token_id
+        types = {"token_type_ids": marks.long()} if self.sees_both_ways else {}
+        return {"mm_encoder_outputs": {"image": found}, **types}
 
 
 def open_contender(request: Any) -> Eager:

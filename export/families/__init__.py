@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,25 @@ def families() -> dict[str, Family]:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     found = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in names]
     return {family.architecture: family for family in found}
+
+
+def own_text(config: Any) -> Any:
+    """The decoder's config of a model that sees; whether head and embedding are tied is said of the whole."""
+    text = config.text_config
+    return type(text).from_dict(text.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings})
+
+
+def refuse_parts(config: Any, texts: Container[str], tower: str) -> str | None:
+    """Why a model that sees cannot be exported for the kind of its decoder or tower, or None."""
+    text, vision = config.text_config, config.vision_config
+    if text.model_type not in texts:
+        return f"a language model of type {text.model_type!r}"
+    if vision.model_type != tower:
+        return f"a vision tower of type {vision.model_type!r}"
+    for name, sizes in (("image_size", vision.image_size), ("patch_size", vision.patch_size)):
+        if not isinstance(sizes, int):
+            return f"{name} {sizes} of the vision tower"
+    return None
 
 
 def refuse_heads(config: Any) -> str | None:

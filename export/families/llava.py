@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from export.families import Family, Masks
+from export.families import Family, Masks, own_text, refuse_parts
 from export.families.llama import FAMILY as LLAMA
 from export.families.qwen2 import FAMILY as QWEN2
 from patches.patch import Patch
@@ -21,14 +21,9 @@ MARK = "<image>"
 
 def refuse(config: Any) -> str | None:
     """The first thing in a config that the graphs would get wrong, or None."""
+    if problem := refuse_parts(config, TEXT, TOWER):
+        return problem
     text, vision = config.text_config, config.vision_config
-    if text.model_type not in TEXT:
-        return f"a language model of type {text.model_type!r}"
-    if vision.model_type != TOWER:
-        return f"a vision tower of type {vision.model_type!r}"
-    for name, sizes in (("image_size", vision.image_size), ("patch_size", vision.patch_size)):
-        if not isinstance(sizes, int):
-            return f"{name} {sizes} of the vision tower"
     layers = vision.num_hidden_layers
     for layer in _chosen(config):
         if not -layers - 1 <= layer <= layers:
@@ -53,10 +48,8 @@ def spec(config: Any) -> ModelSpec:
 
 
 def patches(config: Any, target: str, precision: str) -> tuple[Patch, ...]:
-    """Those of the decoder; whether head and embedding are tied is said of the whole."""
-    text = config.text_config
-    own = type(text).from_dict(text.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings})
-    return TEXT[text.model_type].patches(own, target, precision)
+    """Those of the decoder."""
+    return TEXT[config.text_config.model_type].patches(own_text(config), target, precision)
 
 
 def features(model: Any, pixel_values: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache
+from PIL import Image
+from transformers import AutoImageProcessor, DynamicCache
 
 from export.session import run
 from runtime.manifest import GraphEntry, read
@@ -186,6 +187,38 @@ def truth() -> Callable[..., Truth]:
 def original() -> Callable[[str], Any]:
     """`original(checkpoint)`: the model as transformers loads it."""
     return original_of
+
+
+def drawn_of(seed: int, width: int = 20, height: int = 14) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@torch.no_grad()
+def greedy_of(checkpoint: str, ids: list[int], images: list[Image.Image], count: int) -> list[int]:
+    """What transformers makes of ids and images, token by token over the whole text each time."""
+    model, made = original_of(checkpoint), list[int]()
+    processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    given = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]} if images else {}
+    for _ in range(count):
+        text = torch.tensor([ids + made])
+        if model.config.model_type == "gemma3":
+            given["token_type_ids"] = (text == model.config.image_token_id).long()
+        logits = model(input_ids=text, **given).logits
+        made.append(int(logits[0, -1].argmax()))
+    return made
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., Image.Image]:
+    """`drawn(seed, width=20, height=14)`: a picture of noise."""
+    return drawn_of
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Callable[..., list[int]]:
+    """`greedy(checkpoint, ids, images, count)`: the tokens that transformers makes of a prompt."""
+    return greedy_of
 
 
 @pytest.fixture(scope="session")

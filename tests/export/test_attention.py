@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
+from export import attention
 from export.attention import MASKED, additive_mask, portable_attention
 from export.cache import visible
 
@@ -32,6 +35,23 @@ def theirs(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: flo
     module.num_key_value_groups = query.shape[1] // key.shape[1]  # type: ignore[assignment]
     mask = torch.where(seen, 0.0, MASKED)[:, None]
     return eager_attention_forward(module, query, key, value, mask, scaling=0.3, softcap=softcap)[0]
+
+
+def test_large_towers_attend_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores of 4096 patches would be a gigabyte; parts of them give the same."""
+    query, key, value = torch.randn(3, 1, 2, 50, 8, generator=torch.Generator().manual_seed(0))
+    whole, _ = attention.portable_attention(nn.Module(), query, key, value, None, 0.3)
+    sizes, softmax = list[int](), torch.softmax
+
+    def counted(scores: Tensor, **options: Any) -> Tensor:
+        sizes.append(scores.numel())
+        return softmax(scores, **options)
+
+    monkeypatch.setattr(torch, "softmax", counted)
+    monkeypatch.setattr(attention, "PART", 2 * 50 * 16)
+    parts, _ = attention.portable_attention(nn.Module(), query, key, value, None, 0.3)
+    assert torch.allclose(whole, parts, atol=1e-6)
+    assert sizes == [1600, 1600, 1600, 200]
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

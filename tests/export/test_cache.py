@@ -9,8 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Gemma3TextConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.gemma3.modeling_gemma3 import (
+    create_masks_for_vision_model,
+    get_block_sequence_ids_for_mask,
+)
 
-from export.cache import StaticCache, visible, write
+from export.cache import StaticCache, same_picture, visible, write
 
 
 def matrix(*rows: str) -> Tensor:
@@ -19,7 +23,7 @@ def matrix(*rows: str) -> Tensor:
 
 
 def test_a_window_of_4_and_a_length_of_8() -> None:
-    seen = visible(torch.arange(8)[None], slots=8, window=4)
+    seen = visible(torch.arange(8)[None], keys=8, window=4)
     expected = matrix(
         "x.......",
         "xx......",
@@ -34,13 +38,13 @@ def test_a_window_of_4_and_a_length_of_8() -> None:
 
 
 def test_no_window_sees_everything_before() -> None:
-    seen = visible(torch.arange(4)[None], slots=6, window=None)
+    seen = visible(torch.arange(4)[None], keys=6, window=None)
     assert torch.equal(seen, matrix("x.....", "xx....", "xxx...", "xxxx..")[None])
 
 
 def test_decode_rows_at_positions_of_their_own() -> None:
     positions = torch.tensor([[0], [3], [4], [7]])
-    sliding, full = (visible(positions, slots=8, window=window) for window in (4, None))
+    sliding, full = (visible(positions, keys=8, window=window) for window in (4, None))
     assert torch.equal(sliding[:, 0], matrix("x.......", "xxxx....", ".xxxx...", "....xxxx"))
     assert torch.equal(full[:, 0], matrix("x.......", "xxxx....", "xxxxx...", "xxxxxxxx"))
 
@@ -48,9 +52,62 @@ def test_decode_rows_at_positions_of_their_own() -> None:
 def test_a_prefill_that_continues_a_cache() -> None:
     """3 tokens after a past of 4 and of 1, over 8 slots, with a window of 3."""
     positions = torch.arange(3)[None] + torch.tensor([4, 1])[:, None]
-    seen = visible(positions, slots=8, window=3)
+    seen = visible(positions, keys=8, window=3)
     assert torch.equal(seen[0], matrix("..xxx...", "...xxx..", "....xxx."))
     assert torch.equal(seen[1], matrix("xx......", "xxx.....", ".xxx...."))
+
+
+def test_tokens_of_one_picture_see_each_other() -> None:
+    """7 tokens behind a past of 1: text, a picture of 3, a picture of 2, text; with a window of 3."""
+    positions, pictures = torch.arange(1, 8)[None], torch.tensor([[0, 1, 1, 1, 2, 2, 0]])
+    same = same_picture(pictures, torch.arange(9)[None] - 1)
+    assert torch.equal(
+        visible(positions, 9, None, same)[0],
+        matrix(
+            "xx.......",
+            "xxxxx....",
+            "xxxxx....",
+            "xxxxx....",
+            "xxxxxxx..",
+            "xxxxxxx..",
+            "xxxxxxxx.",
+        ),
+    )
+    assert torch.equal(
+        visible(positions, 9, 3, same)[0],
+        matrix(
+            "xx.......",
+            "xxxxx....",
+            ".xxxx....",
+            "..xxx....",
+            "...xxxx..",
+            "....xxx..",
+            ".....xxx.",
+        ),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=4), st.integers(1, 9))
+def test_masks_of_pictures_are_those_of_transformers(parts: list[tuple[int, int]], window: int) -> None:
+    """Texts and pictures in turn, a token of text between any two."""
+    config = Gemma3TextConfig(sliding_window=window, num_hidden_layers=2, attn_implementation="eager")
+    numbers = [0]
+    for number, (text, image) in enumerate(parts, 1):
+        numbers += [0] * text + [number] * image + [0]
+    pictures, total = torch.tensor([numbers]), len(numbers)
+    expected = create_masks_for_vision_model(
+        config,
+        torch.zeros(1, total, 8),
+        None,
+        None,
+        torch.arange(total)[None],
+        get_block_sequence_ids_for_mask((pictures > 0).long()),
+    )
+    same = same_picture(pictures, torch.arange(total)[None])
+    for kind, size in (("full_attention", None), ("sliding_attention", window)):
+        seen = visible(torch.arange(total)[None], total, size, same)[0]
+        assert torch.equal(seen, expected[kind][0, 0] == 0)
 
 
 @settings(deadline=None, max_examples=60)

@@ -221,3 +221,32 @@ def test_an_index_of_files_that_are_not_there(
     (own / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     with refused(STAGE, word):
         open_checkpoint(str(own))
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3_vision"])
+def test_names_of_published_checkpoints(
+    tiny_checkpoint: Any, original: Any, tmp_path: Path, family: str
+) -> None:
+    """Those on the hub were saved before transformers called its modules as it does now."""
+    first = tiny_checkpoint(family=family)
+    own = shutil.copytree(first, tmp_path / "own")
+    tensors = load_file(first / "model.safetensors")
+    former = {former_name(name): tensor for name, tensor in tensors.items()}
+    assert not set(former) & set(tensors)
+    save_file(former, own / "model.safetensors", metadata={"format": "pt"})
+    ours = open_checkpoint(str(own))
+    assert all(torch.equal(ours.tensor(name), tensor) for name, tensor in tensors.items())
+    parameters = dict(original(str(own)).named_parameters())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in tensors.items())
+
+
+def former_name(name: str) -> str:
+    for now, then in (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(now):
+            return then + name.removeprefix(now)
+    raise AssertionError(name)

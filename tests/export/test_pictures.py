@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from safetensors.torch import load_file
 
 from export import picture
 from export.checkpoint import open_checkpoint
@@ -62,11 +60,6 @@ Bundle = Callable[..., Path]
 def quiet(line: str) -> None: ...
 
 
-def drawn(seed: int, width: int = 20, height: int = 14) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("optimised", [False, True])
 def test_features(tiny_bundle: Bundle, original: Any, name: str, optimised: bool) -> None:
@@ -84,18 +77,6 @@ def test_features(tiny_bundle: Bundle, original: Any, name: str, optimised: bool
     assert np.abs(found - expected).max() <= FP32 * np.abs(expected).max()
 
 
-def greedy(model: Any, ids: list[int], images: list[Image.Image], processor: Path, count: int) -> list[int]:
-    """What transformers makes of ids and images, token by token over the whole text each time."""
-    read_images = CLIPImageProcessorPil.from_pretrained(processor)
-    pixels = read_images(images=images, return_tensors="pt")["pixel_values"] if images else None
-    made: list[int] = []
-    with torch.no_grad():
-        for _ in range(count):
-            logits = model(input_ids=torch.tensor([ids + made]), pixel_values=pixels).logits
-            made.append(int(logits[0, -1].argmax()))
-    return made
-
-
 @pytest.mark.parametrize("name", BUNDLES)
 @pytest.mark.parametrize(
     ("prompt", "count"),
@@ -107,7 +88,9 @@ def greedy(model: Any, ids: list[int], images: list[Image.Image], processor: Pat
         ("ab<image>c<image>", 2),
     ],
 )
-def test_text_from_pictures(tiny_bundle: Bundle, original: Any, name: str, prompt: str, count: int) -> None:
+def test_text_from_pictures(
+    tiny_bundle: Bundle, original: Any, name: str, prompt: str, count: int, drawn: Any, greedy: Any
+) -> None:
     bundle = tiny_bundle(**BUNDLES[name])
     checkpoint = read(bundle).source.id
     images = [drawn(seed) for seed in range(count)]
@@ -115,7 +98,7 @@ def test_text_from_pictures(tiny_bundle: Bundle, original: Any, name: str, promp
     engine._stop_tokens = frozenset()
     ids = engine.ids(prompt)
     steps = list(engine.stream(prompt, images=images, max_new_tokens=12))
-    expected = greedy(original(checkpoint), ids, images, Path(checkpoint), 12)
+    expected = greedy(checkpoint, ids, images, 12)
     assert [step.token for step in steps] == expected
     others = list(engine.stream(prompt, images=[drawn(9)] * count, max_new_tokens=12))
     assert [step.logprob for step in others] != [step.logprob for step in steps]
@@ -123,7 +106,7 @@ def test_text_from_pictures(tiny_bundle: Bundle, original: Any, name: str, promp
     assert [step.token for step in again] == expected
 
 
-def test_a_row_nobody_asked_for_does_not_spoil_its_picture(tiny_bundle: Bundle) -> None:
+def test_a_row_nobody_asked_for_does_not_spoil_its_picture(tiny_bundle: Bundle, drawn: Any) -> None:
     """It holds a copy of a prompt that ends in a picture, and each step writes something behind that."""
     bundle, prompt, images = tiny_bundle(batch=2, **LLAVA), "ab<image>", [drawn(1)]
     engine = load(bundle, threads=1)
@@ -135,7 +118,7 @@ def test_a_row_nobody_asked_for_does_not_spoil_its_picture(tiny_bundle: Bundle) 
     np.testing.assert_allclose(found, [first, first], atol=FP32)
 
 
-def test_one_graph_at_a_time_gives_the_same(tiny_bundle: Bundle) -> None:
+def test_one_graph_at_a_time_gives_the_same(tiny_bundle: Bundle, drawn: Any) -> None:
     bundle, prompt, images = tiny_bundle(**LLAVA), "ab<image>c<image>", [drawn(1), drawn(2)]
     texts = []
     for unload in (False, True):
@@ -155,32 +138,6 @@ def test_every_weight_is_stored_once(tiny_bundle: Bundle) -> None:
     assert sum(place.nbytes for place in manifest.weights.tensors.values()) == sum(
         tensor.nbytes for tensor in used.values()
     )
-
-
-def test_names_of_published_checkpoints(tiny_checkpoint: Bundle, original: Any, tmp_path: Path) -> None:
-    """Those on the hub were saved before transformers called its modules as it does now."""
-    first = tiny_checkpoint(family="llava")
-    own = shutil.copytree(first, tmp_path / "own")
-    tensors = load_file(first / "model.safetensors")
-    former = {former_name(name): tensor for name, tensor in tensors.items()}
-    assert not set(former) & set(tensors)
-    save_file(former, own / "model.safetensors", metadata={"format": "pt"})
-    ours = open_checkpoint(str(own))
-    assert all(torch.equal(ours.tensor(name), tensor) for name, tensor in tensors.items())
-    parameters = dict(original(str(own)).named_parameters())
-    assert all(torch.equal(parameters[name], tensor) for name, tensor in tensors.items())
-
-
-def former_name(name: str) -> str:
-    for now, then in (
-        ("model.language_model.", "language_model.model."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("lm_head.", "language_model.lm_head."),
-    ):
-        if name.startswith(now):
-            return then + name.removeprefix(now)
-    raise AssertionError(name)
 
 
 @pytest.fixture
@@ -237,20 +194,22 @@ def test_weights_of_few_bits(tiny_bundle: Bundle, tmp_path: Path, target: str) -
     ],
 )
 def test_marks_and_images_differ(
-    tiny_bundle: Bundle, refused: Any, prompt: str, count: int, words: list[str]
+    tiny_bundle: Bundle, refused: Any, prompt: str, count: int, words: list[str], drawn: Any
 ) -> None:
     engine = load(tiny_bundle(**LLAVA), threads=1)
     with refused("read prompt", *words):
         engine.stream(prompt, images=[drawn(0)] * count)
 
 
-def test_an_image_for_a_model_of_text_alone(tiny_bundle: Bundle, refused: Any) -> None:
+def test_an_image_for_a_model_of_text_alone(tiny_bundle: Bundle, refused: Any, drawn: Any) -> None:
     engine = load(tiny_bundle(), threads=1)
     with refused("read prompt", "1 images", "text alone"):
         engine.stream("abc", images=[drawn(0)])
 
 
-def test_a_bundle_without_a_vision_graph(tiny_checkpoint: Any, tmp_path: Path, refused: Any) -> None:
+def test_a_bundle_without_a_vision_graph(
+    tiny_checkpoint: Any, tmp_path: Path, refused: Any, drawn: Any
+) -> None:
     from export.bundle import export
     from export.config import request
     from runtime.spec import GraphShape
@@ -296,7 +255,7 @@ def test_what_is_not_supported_is_named(
 
 
 def test_the_command_line_takes_pictures(
-    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: Any
 ) -> None:
     """A plain prompt has the marks itself; a chat has them put before the question."""
     bundle, images = tiny_bundle(**LLAVA), [tmp_path / "a.png", tmp_path / "b.png"]

@@ -171,13 +171,17 @@ def test_the_embedder_writes_where_the_prefill_reads() -> None:
             if slot < 0:
                 rows[index] = 100 - slot
 
-    embedder = Embedder(entry(GraphShape(role="embed", batch=2, slots=4)), lambda _: Table(), fill)
-    embeddings = np.full((2, 4, HIDDEN), np.nan, np.float32)
-    embedder.load(embeddings)
+    embedder = Embedder(entry(GraphShape(role="embed", batch=2, slots=4)), lambda _: Table(), fill, T)
+    embeddings, pictures = np.full((2, 4, HIDDEN), np.nan, np.float32), np.full((2, 4), 9)
+    embedder.load(embeddings, pictures)
     embedder.run([[5, -2, 6], [8]])
     assert embeddings[:, :, 0].tolist() == [[5, 102, 6, 0], [8, 0, 0, 0]]
+    embedder.load(embeddings, pictures)
+    embedder.run([[5, -1, -2, -3], [-6, -1]])
+    assert pictures.tolist() == [[0, 1, 1, 1], [1, 2, 0, 0]]
     embedder.run([[1], [2, 3]])
     assert embeddings[:, :, 0].tolist() == [[1, 0, 0, 0], [2, 3, 0, 0]]
+    assert not pictures.any()
 
 
 PARTS = (
