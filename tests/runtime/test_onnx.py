@@ -69,11 +69,12 @@ def test_the_prefills_memory_is_back_with_the_system(bundle_of, unload: bool) ->
 
 
 def test_memory_is_measured() -> None:
+    """With 10 MB to spare: a library's pages count more when another process lets go of them."""
+    before = pss_mb()
     with PeakPss() as peak:
-        ballast = np.ones(32 * 2**20, np.uint8)
+        ballast = np.ones(64 * 2**20, np.uint8)
         peak.sample()
-        held = pss_mb()
         del ballast
     assert peak_rss_mb() >= rss_mb() - 1
-    assert peak.mb >= held - 1
-    assert pss_mb() < peak.mb - 20
+    assert before + 57 < peak.mb < before + 77
+    assert pss_mb() < peak.mb - 57
