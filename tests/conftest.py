@@ -70,7 +70,7 @@ IMAGE = len(SPECIAL) + 256
 LLAVA: dict[str, Any] = {
     "architectures": ["LlavaForConditionalGeneration"],
     "model_type": "llava",
-    "text_config": {key: value for key, value in QWEN2.items() if value is not None},
+    "text_config": {k: v for k, v in QWEN2.items() if v is not None} | {"max_position_embeddings": 128},
     "vision_config": {
         "model_type": "clip_vision_model",
         "hidden_size": 32,

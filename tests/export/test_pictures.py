@@ -106,6 +106,17 @@ def test_text_from_pictures(
     assert [step.token for step in again] == expected
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_sixty_four_tokens_after_pictures(tiny_bundle: Bundle, drawn: Any, greedy: Any, target: str) -> None:
+    """Far past the window, and on to the last slots of the cache."""
+    bundle = tiny_bundle([("prefill", P, 96), ("decode", 1, 96)], target=target, **LLAVA)
+    engine = load(bundle, threads=1)
+    engine._stop_tokens = frozenset()
+    prompt, images = "ab<image>c<image>", [drawn(1), drawn(2)]
+    found = [step.token for step in engine.stream(prompt, images=images, max_new_tokens=64)]
+    assert found == greedy(read(bundle).source.id, engine.ids(prompt), images, 64)
+
+
 def test_a_row_nobody_asked_for_does_not_spoil_its_picture(tiny_bundle: Bundle, drawn: Any) -> None:
     """It holds a copy of a prompt that ends in a picture, and each step writes something behind that."""
     bundle, prompt, images = tiny_bundle(batch=2, **LLAVA), "ab<image>", [drawn(1)]
