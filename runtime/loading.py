@@ -16,7 +16,7 @@ from runtime.errors import StillgraphError
 from runtime.graphpair import GraphPair, Graphs
 from runtime.growing import GrowingGraph
 from runtime.manifest import GraphEntry, Manifest, check_files, read
-from runtime.session import Session, available_cores, mappings, populate, session_options
+from runtime.session import Session, available_cores, mappings, populate, read_in, session_options
 from runtime.text import Text
 from runtime.vision import Vision
 
@@ -103,6 +103,7 @@ def _loader(
     count = threads or available_cores()
     weights = folder / manifest.weights.file.path
     pack = compiled.packed if compiled else manifest.precision != "fp32"
+    read_in(folder / compiled.data.path if compiled and compiled.data else weights)
 
     def open_graph(entry: GraphEntry) -> Session:
         options = session_options(entry, pack, count, one_at_a_time)

@@ -7,7 +7,8 @@ of two of them need transformers 4.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,13 +23,14 @@ DEMO = HERE.parent / "demo_checkpoint"
 @dataclass(frozen=True)
 class Peer:
     """packages: as pip takes them; models: label of each that `prepare` writes, by file name; removed:
-    packages that others ask for and that break."""
+    packages that others ask for and that break; environment: variables for what is compiled."""
 
     name: str
     script: str
     packages: tuple[str, ...]
     models: dict[str, str]
     removed: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def python(self, work: Path) -> Path:
         return work / "env" / self.name / "bin" / "python"
@@ -66,6 +68,8 @@ PEERS = (
             "llama-q4_0-embd4.gguf": "llama.cpp Q4_0, embedding too",
             "llama-q8_0.gguf": "llama.cpp Q8_0",
         },
+        # Its AMX kernels crash at their first tile: https://github.com/ggml-org/llama.cpp/issues/20824
+        environment=dict.fromkeys(("CFLAGS", "CXXFLAGS"), "-U__AMX_INT8__"),
     ),
     Peer(
         "genai",

@@ -9,6 +9,7 @@ compiler. `stillgraph bench` then writes their models from the checkpoint by its
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,10 @@ def install(peer: Peer, work: Path) -> None:
     folder = python.parents[1]
     try:
         venv.create(folder, with_pip=True, symlinks=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *peer.packages], check=True)
+        # pip keeps what it compiled for the next time, and does not ask under which variables that was.
+        fresh = ["--no-cache-dir"] if peer.environment else []
+        pip = [str(python), "-m", "pip", "install", "--quiet", *fresh]
+        subprocess.run([*pip, *peer.packages], check=True, env={**os.environ, **peer.environment})
         if peer.removed:
             subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *peer.removed], check=True)
     except BaseException:

@@ -7,7 +7,7 @@ calls must agree to the bit. Shapes: B rows, N tokens, S token slots, C cache sl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, DynamicCache
 
 from export.session import run
+from runtime import Step
 from runtime.manifest import GraphEntry, read
 
 FP32 = 1e-5  # sums in another order: some units of 2^-24 a layer, far below what a wrong mask or slot gives
@@ -194,19 +195,35 @@ def drawn_of(seed: int, width: int = 20, height: int = 14) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def follows_of(steps: Sequence[Step], checkpoint: str, ids: list[int], images: list[Image.Image]) -> bool:
+    """Whether steps are greedy ones of transformers: its tokens, and the log probabilities it gives them.
+
+    A small model may repeat one token whatever it is shown; what it is shown is in the probabilities.
+    """
+    tokens, logprobs = greedy_of(checkpoint, ids, images, len(steps))
+    np.testing.assert_allclose([step.logprob for step in steps], logprobs, rtol=1e-4, atol=1e-4)
+    return [step.token for step in steps] == tokens
+
+
 @torch.no_grad()
-def greedy_of(checkpoint: str, ids: list[int], images: list[Image.Image], count: int) -> list[int]:
-    """What transformers makes of ids and images, token by token over the whole text each time."""
-    model, made = original_of(checkpoint), list[int]()
+def greedy_of(
+    checkpoint: str, ids: list[int], images: list[Image.Image], count: int
+) -> tuple[list[int], list[float]]:
+    """What transformers makes of ids and images, token by token over the whole text each time.
+
+    The tokens, and the natural logarithm of each one's probability.
+    """
+    model, made, logprobs = original_of(checkpoint), list[int](), list[float]()
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
     given = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]} if images else {}
     for _ in range(count):
         text = torch.tensor([ids + made])
         if model.config.model_type == "gemma3":
             given["token_type_ids"] = (text == model.config.image_token_id).long()
-        logits = model(input_ids=text, **given).logits
-        made.append(int(logits[0, -1].argmax()))
-    return made
+        logprob = model(input_ids=text, **given).logits[0, -1].log_softmax(-1)
+        made.append(int(logprob.argmax()))
+        logprobs.append(float(logprob.max()))
+    return made, logprobs
 
 
 @pytest.fixture(scope="session")
@@ -216,9 +233,9 @@ def drawn() -> Callable[..., Image.Image]:
 
 
 @pytest.fixture(scope="session")
-def greedy() -> Callable[..., list[int]]:
-    """`greedy(checkpoint, ids, images, count)`: the tokens that transformers makes of a prompt."""
-    return greedy_of
+def follows() -> Callable[..., bool]:
+    """`follows(steps, checkpoint, ids, images)`: whether transformers makes the same of a prompt."""
+    return follows_of
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.session import mappings, populate
+from runtime import session
+from runtime.session import mappings, populate, read_in
 
 PAGES = 256
+LINUX = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="/proc and MADV_POPULATE_READ are Linux's"
+)
 
 
 def resident_kb(path: Path) -> int:
@@ -21,7 +27,38 @@ def resident_kb(path: Path) -> int:
     return sum(int(kb) for part in ours for kb in re.findall(r"^Rss:\s+(\d+) kB", part, re.MULTILINE))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc and MADV_POPULATE_READ are Linux's")
+def cached_pages(path: Path) -> int:
+    """Pages of a file that are in the page cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        view = ctypes.c_char.from_buffer(mapped)
+        found = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        address = ctypes.c_void_p(ctypes.addressof(view))
+        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapped)), found) == 0
+        del view
+    return sum(page & 1 for page in found)
+
+
+@LINUX
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_file_is_read_in_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int) -> None:
+    monkeypatch.setattr(session, "READ_IN", 1 << 21)
+    path, size = tmp_path / "weights.data", (5 << 20) + extra
+    path.write_bytes(bytes(size))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_pages(path):
+        pytest.skip("this file system keeps its files in memory")
+    read_in(path)
+    assert cached_pages(path) == -(-size // mmap.PAGESIZE)
+    assert resident_kb(path) == 0
+
+
+def test_a_file_that_cannot_be_read_in_is_left_to_the_session(tmp_path: Path) -> None:
+    read_in(tmp_path / "missing")
+
+
+@LINUX
 def test_populate_maps_every_page_of_the_file_and_of_no_other(tmp_path: Path) -> None:
     paths = [tmp_path / "weights.data", tmp_path / "other.data"]
     for path in paths:
