@@ -100,13 +100,15 @@ def export(
 
 def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say: Say) -> Traced:
     say(f"tracing {shape.name}")
-    model = convert(checkpoint, shape, config.target, config.precision)
+    plan = None
+    if config.quantisation is not None:
+        plan = Plan.of(config.target, config.precision, config.quantisation, shape.role, checkpoint.tied)
+    model = convert(checkpoint, shape, config.target, config.precision, fast=plan is not None and plan.fast)
     recipes: list[Weight] = [*take_out(model, list(checkpoint.files))]
     before = model.clone()
     say(f"simplifying {shape.name}")
     after, steps = simplify(model, shape.grows)
-    if config.quantisation is not None:
-        plan = Plan.of(config.target, config.precision, config.quantisation, shape.role, checkpoint.tied)
+    if plan is not None:
         lower(before, recipes, plan)
         recipes = lower(after, recipes, plan)
         after = check(after)

@@ -16,6 +16,7 @@ from export.attention import portable_attention
 from export.checkpoint import Checkpoint, parameter_names
 from export.graphs import GRAPHS
 from export.node_names import name_by_module
+from patches.fused_mlp import FUSED_MLPS
 from patches.half_weights import HALF_LINEAR
 from patches.patch import Patch, applied
 from runtime.manifest import Precision, Target
@@ -28,14 +29,17 @@ EXAMPLE_LENGTHS = {NEW: 3, PAST: 5}  # torch.export would take 0 and 1 for const
 DTYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
 
 
-def convert(checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision) -> ir.Model:
+def convert(
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, fast: bool = False
+) -> ir.Model:
     """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
 
-    The weights' contents are not those of the checkpoint: the model is traced over untouched memory.
+    fast: see `export.lowering.Plan`. The weights' contents are not those of the checkpoint: the model is
+    traced over untouched memory.
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
-    patches = _patches(checkpoint, shape, target, precision)
+    patches = _patches(checkpoint, shape, target, precision, fast)
     with registered_attention(), applied(patches), quiet():
         model = checkpoint.build(ATTENTION)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
@@ -75,12 +79,16 @@ def lengths(inputs: Sequence[Port]) -> tuple[object, ...]:
 
 
 def _patches(
-    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, fast: bool
 ) -> tuple[Patch, ...]:
-    """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most."""
+    """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most.
+
+    A fast graph quantises an input once for all its products: one for gate and up would be split in vain.
+    """
     if shape.role == "vision":
         return (HALF_LINEAR,) if precision == "fp16" else ()
-    return checkpoint.family.patches(checkpoint.config, target, precision)
+    patches = checkpoint.family.patches(checkpoint.config, target, precision)
+    return tuple(patch for patch in patches if not (fast and patch in FUSED_MLPS))
 
 
 def _name_weights(model: ir.Model, names: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from export import quantised_ops as ops
 from export.parts import Matrix, matrix_of
@@ -89,6 +90,7 @@ def lower(model: ir.Model, recipes: Sequence[Weight], plan: Plan) -> list[Weight
         precision = plan.precision_of(sources, tied=sources in gathered & head or sources == (plan.tied,))
         if precision in BITS and not (plan.tower and node.op_type == "Gather"):
             _replace(builder, node, Matrix(matrix.recipe, plan.form(precision)), plan)
+    common.RemoveUnusedNodesPass()(model)
     _declare(model, plan)
     return _still_read(graph, recipes, builder)
 

@@ -25,6 +25,7 @@ class Builder:
     def __init__(self, graph: ir.Graph) -> None:
         self.parts: dict[str, Part] = {}
         self.quantised_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` got
+        self.scaled_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what it made: see there
         self._graph = graph
         self._inputs: dict[str, ir.Value] = {}
         self._constants: dict[tuple[object, ...], ir.Value] = {}
@@ -124,32 +125,52 @@ def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
 
     The scale of a row of x is its largest magnitude / 127. Rows do not depend on each other, so that what
     stands in the padding of a prompt changes nothing. x is quantised once for all products that read it.
+    `scaled_rows` keeps what the result was before each row had its scale, and that scale [.., 1].
     """
-    count = math.prod(shape_of(x)[:-1])
     if x not in to.quantised_rows:
-        to.quantised_rows[x] = _quantised_rows(to, x, count, matrix.columns)
+        to.quantised_rows[x] = _quantised_rows(to, x)
     codes, scale = to.quantised_rows[x]
     weights, scales = to.weight(parts.channels(matrix)), to.weight(parts.channel_scales(matrix))
     one, middle = to.constant(np.array(1, np.float32)), to.constant(np.array(128, np.uint8))
-    inputs = [codes, weights, one, scales, middle]
-    product = to.op("MatMulIntegerToFloat", inputs, (count, matrix.rows), domain=MICROSOFT)
-    scaled = to.op("Mul", [product, scale], (count, matrix.rows))
-    return _reshaped(to, scaled, (*shape_of(x)[:-1], matrix.rows))
+    inputs, shape = [codes, weights, one, scales, middle], (*shape_of(x)[:-1], matrix.rows)
+    product = to.op("MatMulIntegerToFloat", inputs, shape, domain=MICROSOFT)
+    scaled = to.op("Mul", [product, scale], shape)
+    to.scaled_rows[scaled] = product, scale
+    return scaled
 
 
-def _quantised_rows(to: Builder, x: ir.Value, count: int, columns: int) -> tuple[ir.Value, ir.Value]:
-    """x as uint8 [count, K] around 128, and the scale of each row [count, 1].
+def _quantised_rows(to: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x as uint8 around 128, and the scale of each row [.., 1].
 
-    Unsigned, because products of signed activations are slow on x86.
+    Unsigned, because products of signed activations are slow on x86. Where x is something times a product
+    with a scale for each row, its codes are made before that scale, which they do not depend on.
     """
-    flat = _reshaped(to, x, (count, columns))
-    magnitudes = to.op("Abs", [flat], (count, columns))
-    largest = to.op("ReduceMax", [magnitudes, to.constant(np.array([-1]))], (count, 1), keepdims=1)
-    above = to.op("Max", [largest, to.constant(np.array(TINY, np.float32))], (count, 1))
-    scale = to.op("Mul", [above, to.constant(np.array(1 / 127, np.float32))], (count, 1))
+    x, factor = _without_scale(to, x)
+    *rows, columns = shape_of(x)
+    last, count = (*rows, 1), math.prod(rows)
+    magnitudes = to.op("Abs", [x], (*rows, columns))
+    largest = to.op("ReduceMax", [magnitudes, to.constant(np.array([-1]))], last, keepdims=1)
+    above = to.op("Max", [largest, to.constant(np.array(TINY, np.float32))], last)
+    scale = to.op("Mul", [above, to.constant(np.array(1 / 127, np.float32))], last)
+    flat = (*rows, columns) if count == rows[-1] else (count, columns)  # scales lie along one axis
     zeros = to.constant(np.full(count, 128, np.uint8))
-    inputs = [flat, _reshaped(to, scale, (count,)), zeros]
-    return to.op("QuantizeLinear", inputs, (count, columns), ir.DataType.UINT8, axis=0), scale
+    inputs = [_reshaped(to, x, flat), _reshaped(to, scale, (count,)), zeros]
+    codes = to.op("QuantizeLinear", inputs, flat, ir.DataType.UINT8, axis=len(flat) - 2)
+    if factor is not None:
+        scale = to.op("Mul", [scale, factor], last)
+    return _reshaped(to, codes, (*rows, columns)), scale
+
+
+def _without_scale(to: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """x without the scale of its rows, and that scale [.., 1]; x and None where it has none of its own."""
+    node = x.producer()
+    if node is None or node.op_type != "Mul":
+        return x, None
+    for value, other in (node.inputs, node.inputs[::-1]):
+        if value in to.scaled_rows and other is not None and shape_of(other) == shape_of(value):
+            product, scale = to.scaled_rows[value]
+            return to.op("Mul", [other, product], shape_of(x)), scale
+    return x, None
 
 
 def dequantised_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:

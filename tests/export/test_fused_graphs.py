@@ -96,6 +96,20 @@ def test_a_decode_has_few_nodes_and_none_that_moves_data(
     assert len(ops) - len(attends) * most <= 20  # what there is once: embedding, lengths, positions, head
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_fast_prefill_quantises_each_input_once(tiny_bundle: Bundle, batch: int) -> None:
+    """Gate and up share theirs, and up is not scaled for a product whose codes do not depend on its scale."""
+    bundle = tiny_bundle(precision="int8", fast_prefill=True, batch=batch, **ORT)
+    graph, width = graphs_of(bundle)["prefill"], 80  # intermediate_size
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    found, layers = Counter(node.op_type for node in graph.node), len(read(bundle).model.layers)
+    assert found["MatMulIntegerToFloat"] == 5 * layers  # q,k,v in one; o; gate; up; down
+    assert found["QuantizeLinear"] == 4 * layers
+    assert found["Split"] == layers  # q, k and v
+    wide = [node for node in graph.node if node.op_type == "Mul" and shapes[node.output[0]][-1] == width]
+    assert len(wide) == 2 * layers  # gate's scale; what gate becomes, times up
+
+
 def test_validation_passes_and_walks_to_the_last_slot(five: Path) -> None:
     parity = validate(five, depth="quick", say=lambda line: None)
     assert parity.passed

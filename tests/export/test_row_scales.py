@@ -1,0 +1,84 @@
+"""Products of int8 behind each other: the scale of a row goes past the next quantisation, into its product.
+
+x [B, S, K] is an input; up = x @ U.T, gated = x * up, down = gated @ D.T, as in a gated MLP.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from export import weights
+from export.lowering import Plan, lower
+from export.quantize import Format, quantise
+from export.recipe import Weight, take_out
+from runtime.manifest import Quantisation
+
+K = 48
+NAMES = ("u.weight", "d.weight")
+FAST = Plan("onnxruntime", "int8", Quantisation(block_size=32), fast=True)
+
+
+def tensor(name: str) -> torch.Tensor:
+    return torch.randn(K, K, generator=torch.Generator().manual_seed(ord(name[0])))
+
+
+def quantised(name: str) -> np.ndarray:
+    return quantise(tensor(name), Format(8, K)).dequantise().numpy()
+
+
+def graph(batch: int, tokens: int, folder: Path, outputs: tuple[str, ...]) -> Path:
+    nodes = [
+        helper.make_node("Transpose", ["u.weight"], ["ut"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "ut"], ["up"]),
+        helper.make_node("Mul", ["x", "up"], ["gated"]),
+        helper.make_node("Transpose", ["d.weight"], ["dt"], perm=[1, 0]),
+        helper.make_node("MatMul", ["gated", "dt"], ["down"]),
+    ]
+    value = helper.make_tensor_value_info
+    ports = [value(name, TensorProto.FLOAT, [batch, tokens, K]) for name in ("x", *outputs)]
+    stored = [helper.make_tensor(name, TensorProto.FLOAT, [K, K], np.zeros((K, K))) for name in NAMES]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "test", ports[:1], ports[1:], stored),
+        opset_imports=[helper.make_opsetid("", 20)],
+    )
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    recipes = lower(model, list[Weight](take_out(model, NAMES)), FAST)
+    weights.attach(model, weights.write(folder, recipes, tensor))
+    ir.save(model, folder / "graph.onnx")
+    return folder / "graph.onnx"
+
+
+@pytest.mark.parametrize("outputs", [("down",), ("down", "up")])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (2, 3)])
+def test_the_product_is_of_the_scaled_rows(
+    batch: int, tokens: int, outputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Rows of very different sizes, whose scales are as different; also where others read what was scaled."""
+    path = graph(batch, tokens, tmp_path, outputs)
+    x = np.random.default_rng(0).standard_normal((batch, tokens, K)).astype(np.float32)
+    x *= 10.0 ** np.arange(batch * tokens).reshape(batch, tokens, 1)
+    got = dict(zip(outputs, ort.InferenceSession(str(path)).run(list(outputs), {"x": x}), strict=True))
+    gated = x * (x @ quantised("u.weight").T)
+    for name, expected in (("down", gated @ quantised("d.weight").T), ("up", gated / x)):
+        if name in got:
+            largest = np.abs(expected).max(-1, keepdims=True)
+            assert (np.abs(got[name] - expected) / largest).max() < 0.05  # two roundings to 8 bits
+
+
+def test_what_is_quantised_next_is_not_scaled_before(tmp_path: Path) -> None:
+    nodes = onnx.load(graph(1, 3, tmp_path, ("down",)), load_external_data=False).graph.node
+    made = {name: node for node in nodes for name in node.output}
+    products = [node for node in nodes if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 2
+    quantise_node = made[products[1].input[0]]
+    gate = made[quantise_node.input[0]]
+    assert gate.op_type == "Mul"
+    assert products[0].output[0] in gate.input
