@@ -66,13 +66,23 @@ def request(
             problem = f"--fast-prefill is made of ops that --target {target} does not use"
             raise StillgraphError(STAGE, problem, "use --target onnxruntime")
         values["quantisation"] = Quantisation(
-            block_size=size, symmetric=not asymmetric, keep=dict(map(kept, keep)), fast_prefill=fast_prefill
+            block_size=size, symmetric=not asymmetric, keep=all_kept(keep), fast_prefill=fast_prefill
         )
     elif block_size is not None or asymmetric or keep or fast_prefill:
         named = "--block-size, --asymmetric, --keep and --fast-prefill"
         problem = f"{named} do nothing at --precision {precision}"
         raise StillgraphError(STAGE, problem, "leave them out, or use --precision int8 or int4")
     return ExportConfig(**values)
+
+
+def all_kept(options: Sequence[str]) -> dict[str, Precision]:
+    """Precision by pattern. Raises StillgraphError for a pattern that is given two."""
+    found: dict[str, Precision] = {}
+    for pattern, precision in map(kept, options):
+        if found.setdefault(pattern, precision) != precision:
+            problem = f"--keep {pattern} is given as {found[pattern]} and as {precision}"
+            raise StillgraphError(STAGE, problem, "give one of them")
+    return found
 
 
 def kept(option: str) -> tuple[str, Precision]:

@@ -39,6 +39,7 @@ from runtime.session import available_cores
 
 log = logging.getLogger("stillgraph")
 REFERENCES = ("torch", "dynamic")  # the first of them that ran is what ratios are over
+DEFAULT = ("torch", "dynamic")
 WORK = Path("artifacts/bench")
 FILE_WIDTH = 200  # of tables where stdout is no terminal
 
@@ -46,13 +47,15 @@ FILE_WIDTH = 200  # of tables where stdout is no terminal
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)],
     against_: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             "--against",
-            help="Contenders by name, comma between: torch, torch-bf16, dynamic, portable, onnxruntime-int4, "
-            "...; +compiled or +unload behind; llama, genai, openvino; a bundle's folder; or all.",
+            help="Contenders by name, comma between, may be repeated: torch, torch-bf16, dynamic, portable, "
+            "onnxruntime-int4, ...; +compiled or +unload behind; llama, genai, openvino; a bundle's folder; "
+            "or all. Default: torch,dynamic.",
+            show_default=False,
         ),
-    ] = "torch,dynamic",
+    ] = None,
     sweep_: Annotated[
         str | None, typer.Option("--sweep", help="prompt=16,128,512 or new=, ctx=, threads=, precision=.")
     ] = None,
@@ -89,7 +92,8 @@ def bench(
         threads=threads or available_cores(),
         image=str(image.resolve()) if image else None,
     )
-    names = [name.strip() for name in against_.split(",") if name.strip()]
+    words = ",".join(DEFAULT if against_ is None else against_).split(",")
+    names = [word.strip() for word in words if word.strip()]
     entries = _entries(subject, base, names, sweep_, work, model)
     console = Console(stderr=True, quiet=quiet, highlight=False)
     console.print(f"probing memory of {bundle}", markup=False)

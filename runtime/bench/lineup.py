@@ -22,6 +22,7 @@ ALL = (
     "onnxruntime-int8+compiled",
     "onnxruntime-int4",
     "onnxruntime-int4+compiled",
+    "onnxruntime-int4-fast+compiled",
     "llama",
     "genai",
     "openvino",

@@ -50,6 +50,10 @@ WRONG = [
         ["prefill", "--precision", "int8", "--keep", "a=int8", "--keep", "a=int9"],
         "--keep 'a=int9'",
     ),
+    (
+        ["bundle", *SIZES, "--precision", "int4", "--keep", "a=int8", "--keep", "a=fp32"],
+        "--keep a is given as int8 and as fp32; give one of them.",
+    ),
     (["prefill", "--max-len", "8", *ORT], "give the --ctx of that cache."),
     (["bundle", *SIZES, "--batch", "0"], "--batch 0 is not a number of rows; use 1 or more."),
 ]

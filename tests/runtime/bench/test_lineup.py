@@ -108,6 +108,7 @@ def test_bad_use_is_told_in_one_sentence(bundle_of, capsys, tmp_path) -> None:
     bundle = str(bundle_of())
     for args, word in (
         ([bundle, "--against", "vllm"], "'vllm'"),
+        ([bundle, "--against", "vllm", "--against", "portable"], "'vllm'"),
         ([bundle, "--sweep", "depth=1"], "depth=1"),
         ([bundle, "--prompt-tokens", "100000"], "100000"),
         ([str(tmp_path / "none")], "none"),
