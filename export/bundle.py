@@ -103,7 +103,9 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
     plan = None
     if config.quantisation is not None:
         plan = Plan.of(config.target, config.precision, config.quantisation, shape.role, checkpoint.tied)
-    model = convert(checkpoint, shape, config.target, config.precision, fast=plan is not None and plan.fast)
+    model = convert(
+        checkpoint, shape, config.target, config.precision, apart=plan is not None and plan.apart(shape)
+    )
     recipes: list[Weight] = [*take_out(model, list(checkpoint.files))]
     before = model.clone()
     say(f"simplifying {shape.name}")

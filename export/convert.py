@@ -16,7 +16,7 @@ from export.attention import portable_attention
 from export.checkpoint import Checkpoint, parameter_names
 from export.graphs import GRAPHS
 from export.node_names import name_by_module
-from patches.fused_mlp import FUSED_MLPS
+from patches import fused_mlp
 from patches.half_weights import HALF_LINEAR
 from patches.patch import Patch, applied
 from runtime.manifest import Precision, Target
@@ -30,16 +30,16 @@ DTYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float
 
 
 def convert(
-    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, fast: bool = False
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, apart: bool = False
 ) -> ir.Model:
     """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
 
-    fast: see `export.lowering.Plan`. The weights' contents are not those of the checkpoint: the model is
+    apart: gate and up are two products. The weights' contents are not those of the checkpoint: the model is
     traced over untouched memory.
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
-    patches = _patches(checkpoint, shape, target, precision, fast)
+    patches = _patches(checkpoint, shape, target, precision, apart)
     with registered_attention(), applied(patches), quiet():
         model = checkpoint.build(ATTENTION)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
@@ -79,16 +79,13 @@ def lengths(inputs: Sequence[Port]) -> tuple[object, ...]:
 
 
 def _patches(
-    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, fast: bool
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, apart: bool
 ) -> tuple[Patch, ...]:
-    """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most.
-
-    A fast graph quantises an input once for all its products: one for gate and up would be split in vain.
-    """
+    """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most."""
     if shape.role == "vision":
         return (HALF_LINEAR,) if precision == "fp16" else ()
     patches = checkpoint.family.patches(checkpoint.config, target, precision)
-    return tuple(patch for patch in patches if not (fast and patch in FUSED_MLPS))
+    return tuple(patch for patch in patches if not (apart and patch.replacement is fused_mlp.forward))
 
 
 def _name_weights(model: ir.Model, names: dict[str, str]) -> None:

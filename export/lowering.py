@@ -14,7 +14,7 @@ from export.parts import Matrix, matrix_of
 from export.quantize import Bits, Format
 from export.recipe import Recipe, Weight
 from runtime.manifest import Precision, Quantisation, Target
-from runtime.spec import Role
+from runtime.spec import GraphShape, Role
 
 BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
 RISING: tuple[Precision, ...] = ("int4", "int8", "fp32")
@@ -50,6 +50,14 @@ class Plan:
         tower = role == "vision"
         return cls(target, "int8" if tower else precision, quantisation, fast, tied, tower)
 
+    def apart(self, shape: GraphShape) -> bool:
+        """Whether gate and up are to be two products: one for both would be split in vain.
+
+        A fast graph quantises an input once for all its products. What is kept in fp32 stays one matrix,
+        which the decode graph reads as well.
+        """
+        return self.fast and shape.slots > 1 and "fp32" not in self.quantisation.keep.values()
+
     def precision_of(self, sources: Iterable[str], tied: bool = False) -> Precision:
         """What a weight made of these tensors of the checkpoint is stored in.
 
@@ -77,7 +85,8 @@ def lower(model: ir.Model, recipes: Sequence[Weight], plan: Plan) -> list[Weight
     """Rewrite a graph whose weights are inputs, as `take_out` left it; return the weights it reads then.
 
     Products of a right side that a recipe makes ([K, N]), and `Gather`s of rows of such a one, are rewritten
-    where the plan stores it in few bits; all else stays. Every new value has its shape and dtype.
+    where the plan stores it in few bits; nodes that nothing reads then are removed, all else stays. Every new
+    value has its shape and dtype.
     """
     graph = model.graph
     by_name = {recipe.name: recipe for recipe in recipes if isinstance(recipe, Recipe)}

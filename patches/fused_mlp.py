@@ -36,4 +36,3 @@ LLAMA_FUSED_MLP = replace(
 QWEN2_FUSED_MLP = replace(
     FUSED_MLP, name="qwen2_fused_mlp", target="transformers.models.qwen2.modeling_qwen2:Qwen2MLP.forward"
 )
-FUSED_MLPS = (FUSED_MLP, LLAMA_FUSED_MLP, QWEN2_FUSED_MLP)

@@ -16,7 +16,8 @@ from runtime.errors import StillgraphError
 from runtime.graphpair import GraphPair, Graphs
 from runtime.growing import GrowingGraph
 from runtime.manifest import GraphEntry, Manifest, check_files, read
-from runtime.session import Session, available_cores, mappings, populate, read_in, session_options
+from runtime.pages import mappings, populate, read_in
+from runtime.session import Session, available_cores, session_options
 from runtime.text import Text
 from runtime.vision import Vision
 
@@ -58,17 +59,20 @@ def load(
     if found.reason:
         log.warning(found.reason)
     open_graph = _loader(folder, manifest, found.compiled, threads, one, profile)
+    pair = None if dynamic else _pair(folder, manifest)
+    data = found.compiled.data if found.compiled else None
+    read_in(folder / (data or manifest.weights.file).path)
     graphs: Graphs
     vision = _vision(folder, manifest, open_graph, one)
     if dynamic:
         graphs = GrowingGraph(dynamic, open_graph)
     else:
-        pair, layers = _pair(folder, manifest), manifest.model.layers
+        assert pair is not None
         embed = _entry(folder, manifest, "embed") if pair[0].shape.embeds else None
         embedder = (
             Embedder(embed, open_graph, vision.fill, vision.spec.image_tokens) if embed and vision else None
         )
-        graphs = GraphPair(*pair, layers, open_graph, one, embedder)
+        graphs = GraphPair(*pair, manifest.model.layers, open_graph, one, embedder)
     graphs.load_seconds = time.perf_counter() - began - (vision.load_seconds if vision else 0.0)
     return Engine(manifest, graphs, text, folder, vision)
 
@@ -103,7 +107,6 @@ def _loader(
     count = threads or available_cores()
     weights = folder / manifest.weights.file.path
     pack = compiled.packed if compiled else manifest.precision != "fp32"
-    read_in(folder / compiled.data.path if compiled and compiled.data else weights)
 
     def open_graph(entry: GraphEntry) -> Session:
         options = session_options(entry, pack, count, one_at_a_time)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,9 +17,6 @@ from runtime.errors import StillgraphError
 from runtime.manifest import GraphEntry
 from runtime.spec import DType, Port
 
-MADV_POPULATE_READ = 22  # of Linux
-READ_IN = 1 << 26  # bytes of a file that are mapped at a time; a whole number of huge pages
-log = logging.getLogger("stillgraph")
 Array = npt.NDArray[Any]
 NUMPY: dict[DType, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 
@@ -118,50 +113,6 @@ def return_memory() -> None:
     except (AttributeError, OSError, TypeError):  # not glibc
         return
     trim(0)
-
-
-def read_in(path: Path) -> None:
-    """Bring a file into the page cache, in huge pages where the system has them for files.
-
-    A step of few bits is done when memory has delivered its weights, and with 4 KiB pages much of that is
-    looking up where they are: Linux maps what lies in the cache as 2 MiB pages as such, but reads a file into
-    pages of that size only when asked before the first byte is read. What is in the cache already stays.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
-        return
-    try:
-        with path.open("rb") as file:
-            for start in range(0, path.stat().st_size, READ_IN):
-                size = min(READ_IN, path.stat().st_size - start)
-                with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, offset=start) as part:
-                    part.madvise(mmap.MADV_HUGEPAGE)
-                    part.madvise(MADV_POPULATE_READ)
-    except OSError as error:  # a system without the one or the other reads the file when it is wanted
-        log.debug("%s is not read in: %s", path, error)
-
-
-def mappings(path: Path) -> set[tuple[int, int]]:
-    """Where a file is mapped in this process: (start, end) addresses; none where the system cannot tell."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return set()
-    name = f" {path.resolve()}"
-    spans = (line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(name))
-    return {(int(start, 16), int(end, 16)) for start, end in spans}
-
-
-def populate(spans: set[tuple[int, int]]) -> None:
-    """Map every page of these mappings now, so that the first token waits for none.
-
-    Otherwise the first run of a graph takes a page fault for every few pages of its weights. Where the system
-    has no MADV_POPULATE_READ (Linux before 5.14, or not Linux) nothing happens, and that first run is slower.
-    """
-    if not spans:
-        return
-    madvise = ctypes.CDLL(None).madvise
-    for start, end in spans:
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_READ)
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,8 @@ DEMO = HERE.parent / "demo_checkpoint"
 @dataclass(frozen=True)
 class Peer:
     """packages: as pip takes them; models: label of each that `prepare` writes, by file name; removed:
-    packages that others ask for and that break; environment: variables for what is compiled."""
+    packages that others ask for and that break; environment: flags for what is compiled, by
+    variable."""
 
     name: str
     script: str

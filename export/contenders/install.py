@@ -2,8 +2,9 @@
 
     python -m export.contenders.install llama genai openvino [--work artifacts/bench]
 
-What is there already stays. llama.cpp is compiled for this machine: 10 minutes on two cores, with a C++
-compiler. `stillgraph bench` then writes their models from the checkpoint by itself.
+What is there already stays: remove WORK/env/<peer> to have it made anew. llama.cpp is compiled for this
+machine: 5 to 10 minutes on two cores, with a C++ compiler. `stillgraph bench` then writes their models from
+the checkpoint by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def install(peer: Peer, work: Path) -> None:
         # pip keeps what it compiled for the next time, and does not ask under which variables that was.
         fresh = ["--no-cache-dir"] if peer.environment else []
         pip = [str(python), "-m", "pip", "install", "--quiet", *fresh]
-        subprocess.run([*pip, *peer.packages], check=True, env={**os.environ, **peer.environment})
+        flags = {name: f"{os.environ.get(name, '')} {value}" for name, value in peer.environment.items()}
+        subprocess.run([*pip, *peer.packages], check=True, env={**os.environ, **flags})
         if peer.removed:
             subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *peer.removed], check=True)
     except BaseException:

@@ -11,9 +11,11 @@ from typing import Any
 import onnx
 import pytest
 
+from export.lowering import Plan
 from export.simplify import static_problem
 from export.validate import validate
-from runtime.manifest import read
+from runtime.manifest import Quantisation, read
+from runtime.spec import GraphShape
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ORT: dict[str, Any] = {"target": "onnxruntime"}
@@ -108,6 +110,18 @@ def test_a_fast_prefill_quantises_each_input_once(tiny_bundle: Bundle, batch: in
     assert found["Split"] == layers  # q, k and v
     wide = [node for node in graph.node if node.op_type == "Mul" and shapes[node.output[0]][-1] == width]
     assert len(wide) == 2 * layers  # gate's scale; what gate becomes, times up
+
+
+@pytest.mark.parametrize(
+    ("keep", "slots", "apart"), [({}, 16, True), ({"mlp": "fp32"}, 16, False), ({}, 1, False)]
+)
+def test_gate_and_up_are_apart_where_they_are_quantised_for_both(keep: Any, slots: int, apart: bool) -> None:
+    """What is kept in fp32 is stored once for both graphs, so it has to be the same matrix in both."""
+    how = Quantisation(block_size=32, keep=keep, fast_prefill=True)
+    plan = Plan.of("onnxruntime", "int4", how, "prefill", None)
+    assert plan.apart(GraphShape(role="prefill", slots=slots, ctx=40, slack=15)) is apart
+    plan = Plan.of("onnxruntime", "int4", how, "decode", None)
+    assert not plan.apart(GraphShape(role="decode", slots=1, ctx=40, slack=15))
 
 
 def test_validation_passes_and_walks_to_the_last_slot(five: Path) -> None:

@@ -66,10 +66,9 @@ def test_text_from_pictures(
     ids = engine.ids(prompt)
     assert len(ids) == 1 + len(prompt.replace(MARK, "")) + count * (3 + 9 + 3)
     steps = list(engine.stream(prompt, images=images, max_new_tokens=TOKENS))
-    assert follows(steps, read(bundle).source.id, ids, images)
-    assert len(steps) == min(TOKENS, CTX - len(ids) + 1)
+    assert follows(steps, read(bundle).source.id, ids, images, min(TOKENS, CTX - len(ids) + 1))
     again = list(engine.stream(f"{prompt}, and?", images=images, max_new_tokens=12))  # from the prefix
-    assert follows(again, read(bundle).source.id, engine.ids(f"{prompt}, and?"), images)
+    assert follows(again, read(bundle).source.id, engine.ids(f"{prompt}, and?"), images, 12)
 
 
 def test_two_rows_with_pictures_in_other_places(tiny_bundle: Bundle, drawn: Any, follows: Any) -> None:
@@ -82,7 +81,7 @@ def test_two_rows_with_pictures_in_other_places(tiny_bundle: Bundle, drawn: Any,
         found[row].append(step)
     checkpoint = read(bundle).source.id
     for prompt, given, steps in zip(prompts, images, found, strict=True):
-        assert follows(steps, checkpoint, engine.ids(prompt), given)
+        assert follows(steps, checkpoint, engine.ids(prompt), given, 6)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -97,7 +97,7 @@ def test_text_from_pictures(
     engine = load(bundle, threads=1)
     engine._stop_tokens = frozenset()
     steps = list(engine.stream(prompt, images=images, max_new_tokens=12))
-    assert follows(steps, checkpoint, engine.ids(prompt), images)
+    assert follows(steps, checkpoint, engine.ids(prompt), images, 12)
     others = list(engine.stream(prompt, images=[drawn(9)] * count, max_new_tokens=12))
     assert [step.logprob for step in others] != [step.logprob for step in steps]
     again = list(engine.stream(prompt, images=images, max_new_tokens=12))
@@ -106,14 +106,15 @@ def test_text_from_pictures(
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 def test_sixty_four_tokens_after_pictures(tiny_bundle: Bundle, drawn: Any, follows: Any, target: str) -> None:
-    """Far past the window, and on to the last slots of the cache."""
+    """Far past the window, and on to the last slot of the cache."""
+    ctx = 1 + 3 + 2 * T + 64 - 1  # the last token is made and not fed
     # A seed whose tokens vary, and with the pictures.
-    bundle = tiny_bundle([("prefill", P, 96), ("decode", 1, 96)], target=target, seed=1, **LLAVA)
+    bundle = tiny_bundle([("prefill", P, ctx), ("decode", 1, ctx)], target=target, seed=1, **LLAVA)
     engine = load(bundle, threads=1)
     engine._stop_tokens = frozenset()
     prompt, images = "ab<image>c<image>", [drawn(1), drawn(2)]
     steps = list(engine.stream(prompt, images=images, max_new_tokens=64))
-    assert follows(steps, read(bundle).source.id, engine.ids(prompt), images)
+    assert follows(steps, read(bundle).source.id, engine.ids(prompt), images, 64)
     others = engine.stream(prompt, images=images[::-1], max_new_tokens=64)
     assert [step.token for step in others] != [step.token for step in steps]
 

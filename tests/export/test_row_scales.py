@@ -34,11 +34,13 @@ def quantised(name: str) -> np.ndarray:
     return quantise(tensor(name), Format(8, K)).dequantise().numpy()
 
 
-def graph(batch: int, tokens: int, folder: Path, outputs: tuple[str, ...]) -> Path:
+def graph(
+    batch: int, tokens: int, folder: Path, outputs: tuple[str, ...], factors: tuple[str, str] = ("x", "up")
+) -> Path:
     nodes = [
         helper.make_node("Transpose", ["u.weight"], ["ut"], perm=[1, 0]),
         helper.make_node("MatMul", ["x", "ut"], ["up"]),
-        helper.make_node("Mul", ["x", "up"], ["gated"]),
+        helper.make_node("Mul", factors, ["gated"]),
         helper.make_node("Transpose", ["d.weight"], ["dt"], perm=[1, 0]),
         helper.make_node("MatMul", ["gated", "dt"], ["down"]),
     ]
@@ -56,13 +58,14 @@ def graph(batch: int, tokens: int, folder: Path, outputs: tuple[str, ...]) -> Pa
     return folder / "graph.onnx"
 
 
+@pytest.mark.parametrize("factors", [("x", "up"), ("up", "x")])
 @pytest.mark.parametrize("outputs", [("down",), ("down", "up")])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 3), (2, 3)])
 def test_the_product_is_of_the_scaled_rows(
-    batch: int, tokens: int, outputs: tuple[str, ...], tmp_path: Path
+    batch: int, tokens: int, outputs: tuple[str, ...], factors: tuple[str, str], tmp_path: Path
 ) -> None:
     """Rows of very different sizes, whose scales are as different; also where others read what was scaled."""
-    path = graph(batch, tokens, tmp_path, outputs)
+    path = graph(batch, tokens, tmp_path, outputs, factors)
     x = np.random.default_rng(0).standard_normal((batch, tokens, K)).astype(np.float32)
     x *= 10.0 ** np.arange(batch * tokens).reshape(batch, tokens, 1)
     got = dict(zip(outputs, ort.InferenceSession(str(path)).run(list(outputs), {"x": x}), strict=True))

@@ -1,4 +1,4 @@
-"""What a session does to memory."""
+"""Pages of files that are mapped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from runtime import session
-from runtime.session import mappings, populate, read_in
+from runtime import loading, pages
+from runtime.pages import mappings, populate, read_in
 
 PAGES = 256
 LINUX = pytest.mark.skipif(
@@ -41,7 +42,7 @@ def cached_pages(path: Path) -> int:
 @LINUX
 @pytest.mark.parametrize("extra", [0, 1])
 def test_a_file_is_read_in_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int) -> None:
-    monkeypatch.setattr(session, "READ_IN", 1 << 21)
+    monkeypatch.setattr(pages, "STEP", 1 << 21)
     path, size = tmp_path / "weights.data", (5 << 20) + extra
     path.write_bytes(bytes(size))
     with path.open("rb") as file:
@@ -52,6 +53,28 @@ def test_a_file_is_read_in_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     read_in(path)
     assert cached_pages(path) == -(-size // mmap.PAGESIZE)
     assert resident_kb(path) == 0
+
+
+@LINUX
+def test_huge_pages_are_asked_for_before_the_first_byte(tmp_path: Path, monkeypatch: Any) -> None:
+    advice = list[int]()
+
+    class Recorded(mmap.mmap):
+        def madvise(self, option: int, *span: int) -> None:
+            advice.append(option)
+
+    (tmp_path / "weights.data").write_bytes(bytes(PAGES))
+    monkeypatch.setattr(mmap, "mmap", Recorded)
+    read_in(tmp_path / "weights.data")
+    assert advice == [mmap.MADV_HUGEPAGE, pages.MADV_POPULATE_READ]
+
+
+def test_a_load_reads_the_weights_in(bundle_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Path]()
+    monkeypatch.setattr(loading, "read_in", asked.append)
+    bundle = bundle_of()
+    loading.load(bundle, threads=1)
+    assert asked == [bundle / "weights.data"]
 
 
 def test_a_file_that_cannot_be_read_in_is_left_to_the_session(tmp_path: Path) -> None:
