@@ -2,7 +2,7 @@
 
     python tests/guard/guard.py FOLDER [--update]
 
-Ratios to PyTorch, never times, so that another machine's speed says nothing; another kind of CPU still may.
+Ratios to PyTorch, never times, so that another machine's speed says nothing; another kind of CPU has its own.
 A ratio that has grown by more than TOLERANCE is a warning on stderr; the exit code is 0 all the same, because
 a shared machine is no judge. FOLDER keeps the checkpoint and the bundles for the next time.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from runtime.compiled import cpu_name
 
 KEPT = Path(__file__).with_name("ratios.json")
 TOLERANCE = 1.25  # over the noise of three turns on a shared machine
@@ -87,14 +89,16 @@ def main() -> int:
     cut = args.folder / "gemma-3-1b-4-layers"
     write_cut(cut)
     found = {name: measure(args.folder, model) for name, model in (("demo", "demo"), ("4 layers", str(cut)))}
-    kept = json.loads(KEPT.read_text(encoding="ascii")) if KEPT.exists() else {}
+    kept: dict[str, dict[str, Found]] = json.loads(KEPT.read_text(encoding="ascii")) if KEPT.exists() else {}
+    cpu = cpu_name().rpartition("-")[0]  # less the hash of its instruction sets
+    if cpu not in kept:
+        print(f"warning: no ratios of {cpu} are kept; --update keeps these", file=sys.stderr)
     for name, rows in found.items():
-        for line in grown(kept.get(name, {}), rows):
+        for line in grown(kept.get(cpu, {}).get(name, {}), rows):
             print(f"warning: {name}: {line}", file=sys.stderr)
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if args.update:
-        KEPT.write_text(text + "\n", encoding="ascii")
+        KEPT.write_text(json.dumps(kept | {cpu: found}, indent=1) + "\n", encoding="ascii")
     return 0
 
 
