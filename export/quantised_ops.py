@@ -25,7 +25,7 @@ class Builder:
     def __init__(self, graph: ir.Graph) -> None:
         self.parts: dict[str, Part] = {}
         self.quantised_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` got
-        self.scaled_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what it made: see there
+        self.scaled_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` made
         self._graph = graph
         self._inputs: dict[str, ir.Value] = {}
         self._constants: dict[tuple[object, ...], ir.Value] = {}

@@ -29,10 +29,7 @@ def read_in(path: Path) -> None:
                 with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, offset=start) as part:
                     part.madvise(mmap.MADV_HUGEPAGE)
                     part.madvise(MADV_POPULATE_READ)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a system without the one or the other reads the file when it is wanted
+    except (OSError, ValueError) as error:  # then it is read when it is wanted
         log.debug("%s is not read in: %s", path, error)
 
 

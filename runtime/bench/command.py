@@ -38,8 +38,7 @@ from runtime.errors import CheckFailed, StillgraphError
 from runtime.session import available_cores
 
 log = logging.getLogger("stillgraph")
-REFERENCES = ("torch", "dynamic")  # the first of them that ran is what ratios are over
-DEFAULT = ("torch", "dynamic")
+REFERENCES = ("torch", "dynamic")  # of --against; the first of them that ran is what ratios are over
 WORK = Path("artifacts/bench")
 FILE_WIDTH = 200  # of tables where stdout is no terminal
 
@@ -92,7 +91,7 @@ def bench(
         threads=threads or available_cores(),
         image=str(image.resolve()) if image else None,
     )
-    words = ",".join(DEFAULT if against_ is None else against_).split(",")
+    words = ",".join(REFERENCES if against_ is None else against_).split(",")
     names = [word.strip() for word in words if word.strip()]
     entries = _entries(subject, base, names, sweep_, work, model)
     console = Console(stderr=True, quiet=quiet, highlight=False)
