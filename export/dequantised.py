@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import product
-from typing import cast
 
 import torch
 
 from export.lowering import Plan
-from export.quantize import Bits, Format, quantise
+from export.quantize import Format, quantise
 from runtime.errors import CheckFailed
 from runtime.manifest import Manifest
 from runtime.spec import Role
@@ -38,7 +37,7 @@ def forms(manifest: Manifest, role: Role, columns: dict[str, int]) -> Iterator[t
     """Each quantised tensor of the checkpoint and its form in a graph. columns: of every matrix by name."""
     assert manifest.quantisation is not None
     plan = Plan(manifest.target, manifest.precision, manifest.quantisation)
-    blocked, channels = set[tuple[str, int]](), set[tuple[str, int]]()
+    blocked, channels = set[tuple[str, int]](), set[str]()
     for stored in manifest.weights.tensors:
         if (found := re.fullmatch(r"(.+)\.int(\d)\.(\w+)", stored)) is None:
             continue
@@ -50,10 +49,10 @@ def forms(manifest: Manifest, role: Role, columns: dict[str, int]) -> Iterator[t
         if part in BLOCKED:
             blocked |= {(source, int(bits)) for source in sources}
         elif part == CHANNELS and role == "prefill":
-            channels |= {(source, int(bits)) for source in sources}
+            channels |= set(sources)
     for source, bits in sorted(blocked):
-        if source not in dict(channels):
+        if source not in channels:
             form = plan.form("int4" if bits == 4 else "int8")
             yield source, form
-    for source, bits in sorted(channels):
-        yield source, Format(cast(Bits, bits), columns[source])
+    for source in sorted(channels):
+        yield source, Format.channel(columns[source])

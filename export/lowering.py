@@ -28,9 +28,8 @@ class Plan:
     """How the weights of one graph are stored.
 
     fast: products of more than one token a row take int8 activations, one scale a token, and int8 weights,
-    one scale an output channel: about twice as fast, by weights that no other graph shares. On x86 CPUs
-    without VNNI sums of two such products are cut off at 16 bits, and large ones come out wrong. tied: the
-    tensor that is embedding and head in one, of which a graph may have either. tower: tables, which are of
+    one scale an output channel: about twice as fast, by weights that no other graph shares. tied: the tensor
+    that is embedding and head in one, of which a graph may have either. tower: tables, which are of
     positions, stay as they are.
     """
 
@@ -131,8 +130,8 @@ def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: Plan) ->
     elif plan.target == "portable":
         result = ops.dequantised_product(builder, operand, matrix)
     elif plan.fast and shape[-2] > 1:
-        form = Format(8, matrix.columns)
-        result = ops.int8_product(builder, operand, Matrix(matrix.recipe, form))
+        channels = Matrix(matrix.recipe, Format.channel(matrix.columns))
+        result = ops.int8_product(builder, operand, channels)
     else:
         result = ops.blocked_product(builder, operand, matrix)
     builder.put_in_place_of(node, result)

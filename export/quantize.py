@@ -18,6 +18,10 @@ from runtime.errors import StillgraphError
 
 STAGE = "quantise"
 Bits = Literal[4, 8]
+# Where x86 has no VNNI, vpmaddubsw adds two products of unsigned and signed bytes in 16 bits, and cuts off
+# what is over 32767. Activations have codes up to 255, so two levels of one sign may add up to 32767 // 255.
+PAIR_SUM = 128
+PAIRED = 4  # columns that such a kernel may pair: its sums end in lanes of 32 bits, of four bytes each
 CHUNK = 1 << 18  # weights worked on at once: three buffers of them stay in the cache of a core
 TINY = 1e-30  # a block whose largest weight is below is all zeros
 # Scales tried, relative to the one at which no weight is clipped. Clipping its largest weight makes the rest
@@ -26,6 +30,7 @@ FACTORS: dict[Bits, tuple[float, ...]] = {
     4: (1.0, 0.68, 0.74, 0.8, 0.86, 0.92, 0.96, 1.08),
     8: (1.0, 0.9, 0.924, 0.948, 0.972, 1.02),
 }
+UNCLIPPED = (1.0,)  # where pairs count: clipping the largest gains nothing there
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,21 @@ class Format:
     """How a matrix is stored: bits of a code, weights of a block. symmetric: zero points are in the middle.
 
     positive: no scale is below zero. A negative scale gives the one code more of the negative side to the
-    side where a block's largest weight is; some runtimes refuse it.
+    side where a block's largest weight is; some runtimes refuse it. pair_safe: for products with uint8
+    activations, whose sums are then exact on every CPU: no two levels of one sign among `PAIRED` columns add
+    up to more than `PAIR_SUM`. It costs a weight that has a large neighbour some of its range.
     """
 
     bits: Bits
     block: int
     symmetric: bool = True
     positive: bool = False
+    pair_safe: bool = False
+
+    @classmethod
+    def channel(cls, columns: int) -> Format:
+        """One scale a row of 8-bit levels, for products of integers."""
+        return cls(8, columns, pair_safe=True)
 
     @property
     def middle(self) -> int:
@@ -115,10 +128,10 @@ def _best(weights: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor | float
     With the scale fitted, a block's squared error is sum(w * w) - sum(w * l)**2 / sum(l * l): the gain, the
     second term, is all that needs comparing.
     """
-    bounds = torch.aminmax(weights, dim=-1, keepdim=True)
+    bounds = _bounds(weights, form)
     levels, product = torch.empty_like(weights), torch.empty_like(weights)
     best: tuple[Tensor, ...] | None = None
-    for factor in FACTORS[form.bits]:
+    for factor in UNCLIPPED if form.pair_safe else FACTORS[form.bits]:
         scale, zero = _candidate(*bounds, factor, form)
         fitted, gain = _fit(weights, _round(weights, scale, zero, form, levels), product)
         # A tensor even where it is always 0, so that one line below chooses among all that a candidate has.
@@ -133,6 +146,27 @@ def _best(weights: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor | float
     zero = 0.0 if form.symmetric else chosen
     scale, _ = _fit(weights, _round(weights, scale, zero, form, levels), product)
     return levels, torch.where(scale == 0, 1.0, scale), zero
+
+
+def _bounds(weights: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of blocks; where pairs count, what `PAIR_SUM` has room for instead."""
+    low, high = torch.aminmax(weights, dim=-1, keepdim=True)
+    if not form.pair_safe:
+        return low, high
+    # Rounding adds half a level to each of the two, so that their sum gets one level less.
+    room = form.span[1] / (PAIR_SUM - 1)
+    pairs = [_second(side)[1].amax(-1, keepdim=True) * room for side in (-weights, weights)]
+    return torch.minimum(low, -pairs[0]), torch.maximum(high, pairs[1])
+
+
+def _second(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each `PAIRED` values along the last axis: the second largest, and the sum of the two largest."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % PAIRED))
+    a, b, c, d = (padded[..., column::PAIRED] for column in range(PAIRED))
+    larger, other = torch.maximum(a, b), torch.maximum(c, d)
+    rest = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+    second = torch.maximum(torch.minimum(larger, other), rest)
+    return second, torch.maximum(larger, other).add_(second)
 
 
 def _candidate(low: Tensor, high: Tensor, factor: float, form: Format) -> tuple[Tensor, Tensor | float]:
@@ -160,7 +194,24 @@ def _round(weights: Tensor, scale: Tensor, zero: Tensor | float, form: Format, o
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     if isinstance(zero, Tensor):
         return torch.addcmul(zero, weights, inverse, out=out).round_().clamp_(least, most).sub_(zero)
-    return torch.mul(weights, inverse, out=out).round_().clamp_(least, most)
+    levels = torch.mul(weights, inverse, out=out).round_().clamp_(least, most)
+    return _without_large_pairs(levels) if form.pair_safe else levels
+
+
+def _without_large_pairs(levels: Tensor) -> Tensor:
+    """Levels with the larger of two whose sum is over `PAIR_SUM` made smaller, in place.
+
+    A limit of `PAIR_SUM` less the second largest, but at least half of it, holds for every pair of the four.
+    """
+    columns = levels.shape[-1]
+    for sign in (1, -1):
+        limit = (PAIR_SUM - _second(levels * sign)[0]).clamp_(min=PAIR_SUM // 2)
+        limit = limit.repeat_interleave(PAIRED, -1)[..., :columns]
+        if sign > 0:
+            torch.minimum(levels, limit, out=levels)
+        else:
+            torch.maximum(levels, -limit, out=levels)
+    return levels
 
 
 def _fit(weights: Tensor, levels: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:

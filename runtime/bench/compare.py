@@ -54,6 +54,7 @@ def prepare(entries: Sequence[Entry], say: Say) -> None:
         for making in entry.contender.prepare:
             if entry.note is None and not making.path.exists():
                 say(f"making {making.path}")
+                making.path.parent.mkdir(parents=True, exist_ok=True)
                 done = subprocess.run(making.command, capture_output=True, text=True, check=False)
                 if done.returncode or not making.path.exists():
                     said = [line.strip(" \u2502") for line in done.stderr.splitlines()]

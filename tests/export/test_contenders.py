@@ -14,9 +14,11 @@ from PIL import Image
 
 from export.contenders.catalog import PEERS, find
 from export.contenders.transformers4 import folder_for_transformers4
+from runtime.bench.compare import Entry, prepare
 from runtime.bench.contender import Source
 from runtime.bench.forms import subject
 from runtime.bench.harness import Request
+from runtime.bench.report import Setting
 from runtime.bench.turns import TurnFailed, run_once
 from runtime.manifest import read
 
@@ -44,6 +46,25 @@ def test_an_installed_peer_writes_its_models_from_the_checkpoint(tmp_path) -> No
     assert found[0].prepare[0].command[-2:] == (str(tmp_path), str(tmp_path / "models"))
     (hub,) = (c for c in find(source(Path("org/model"), tmp_path)) if c.name == "llama-q8_0")
     assert "--model" in str(hub.missing)
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_each_peer_can_be_the_first_in_a_work_folder(peer, absolute, tmp_path, monkeypatch) -> None:
+    """Its script gets folders that are there; an interpreter that writes empty models stands for it."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint, work = tmp_path / "checkpoint", (tmp_path if absolute else Path()) / "work"
+    checkpoint.mkdir()
+    python = peer.python(work)
+    python.parent.mkdir(parents=True)
+    touched = "".join(f'touch "$4/{model}" || exit 1\n' for model in peer.models)
+    python.write_text(f'#!/bin/sh\ntest "$2" = prepare && test -d "$3" || exit 1\n{touched}')
+    python.chmod(0o755)
+    made = Source(str(checkpoint), "0" * 64, work.resolve(), (work / "000000000000").resolve(), 64)
+    setting = Setting(prompt_tokens=4, new_tokens=4, ctx=64, threads=1)
+    entries = [Entry(c, setting) for c in find(made) if c.group == peer.name]
+    prepare(entries, lambda line: None)
+    assert [entry.note for entry in entries] == [None] * len(peer.models)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("torch", torch.float32), ("torch-bf16", torch.bfloat16)])

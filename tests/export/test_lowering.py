@@ -239,7 +239,7 @@ def test_activations_are_rounded_by_half_a_127th_of_a_rows_largest(tmp_path: Pat
     case = Case(entries=64, tokens=64)
     path, _ = lowered(case, plan("onnxruntime", "int4", fast=True), tmp_path)
     got = run(path, case.ids())
-    weight = quantise(case.matrix("embed.weight"), Format(8, K)).dequantise().numpy()
+    weight = quantise(case.matrix("embed.weight"), Format.channel(K)).dequantise().numpy()
     steps = np.abs(got["rows"]).max(-1, keepdims=True) / 127
     expected = np.sqrt((steps**2 / 12 * (weight**2).sum(-1)).mean())
     error = np.sqrt(((got["logits"] - got["rows"] @ weight.T) ** 2).mean())
@@ -262,7 +262,7 @@ def test_a_fast_graph_multiplies_int8_with_int8(precision: Precision, tmp_path: 
     assert ops(path)["QuantizeLinear"] == 1  # of one input, for both products
     assert stored.tensors["q+kk.weight.int8.channels"].shape == (K, N)
     for output, name in (("y", "W"), ("logits", "embed.weight")):
-        weight = quantise(case.matrix(name), Format(8, K)).dequantise().numpy()
+        weight = quantise(case.matrix(name), Format.channel(K)).dequantise().numpy()
         assert_product(got[output], got["rows"], weight, K)
 
 

@@ -90,6 +90,37 @@ def test_what_fits_exactly_is_stored_exactly(form: Format) -> None:
     torch.testing.assert_close(quantise(matrix, form).dequantise(), matrix, rtol=1e-6, atol=0)
 
 
+def largest_pair(levels: np.ndarray) -> int:
+    """The largest sum of two levels of one sign among four columns that begin at a multiple of four."""
+    rows, columns = levels.shape
+    fours = np.pad(levels, ((0, 0), (0, -columns % 4))).reshape(rows, -1, 4)
+    return max(int(np.sort(np.maximum(sign * fours, 0))[..., -2:].sum(-1).max()) for sign in (1, -1))
+
+
+@pytest.mark.parametrize("columns", [1, 3, 7, 64, 637])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_pairs_of_a_channel_fit_sixteen_bits(columns: int, spread: float) -> None:
+    """255 * 128 is below 2**15, which is where x86 without VNNI cuts a sum of two products off."""
+    matrix = torch.randn(64, columns, generator=torch.Generator().manual_seed(4))
+    matrix = matrix.sign() * matrix.abs() ** spread  # all alike, normal, and few that tower above the rest
+    paired, free = (
+        quantise(matrix, form).codes.numpy().astype(int) - 128
+        for form in (Format.channel(columns), Format(8, columns))
+    )
+    assert 255 * largest_pair(paired) < 2**15
+    assert np.abs(paired).max() > 62, "range is not given away"
+    assert columns < 4 or 255 * largest_pair(free) > 2**15
+
+
+def test_pairs_cost_a_channel_less_than_a_bit() -> None:
+    """For normal weights; half of the range would be twice the error."""
+    paired, free = (
+        float((quantise(NORMAL, form).dequantise() - NORMAL).norm())
+        for form in (Format.channel(640), Format(8, 640))
+    )
+    assert paired < 1.6 * free
+
+
 def test_negative_scales_give_the_larger_side_its_extra_code() -> None:
     matrix = torch.tensor([[8.0, *range(-7, 8), *[0] * 16]])
     signed, positive = (quantise(matrix, Format(4, 32, positive=positive)) for positive in (False, True))

@@ -31,7 +31,7 @@ def tensor(name: str) -> torch.Tensor:
 
 
 def quantised(name: str) -> np.ndarray:
-    return quantise(tensor(name), Format(8, K)).dequantise().numpy()
+    return quantise(tensor(name), Format.channel(K)).dequantise().numpy()
 
 
 def graph(

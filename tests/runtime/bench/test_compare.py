@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -247,3 +248,15 @@ def test_time_of_vision_is_a_column_where_there_is_some() -> None:
     saw = run(1).model_copy(update={"vision_ms": 7.0})
     assert "| vision ms |" in markdown(report(result("torch", run(1)), result("b", saw)))
     assert "vision ms" not in markdown(report(result("torch", run(1))))
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_model_is_made_into_a_folder_that_is_not_there(tmp_path, monkeypatch, absolute: bool) -> None:
+    """What writes a model does not make the folder: issue 13, llama.cpp as the first in a new --work."""
+    monkeypatch.chdir(tmp_path)
+    path = (tmp_path if absolute else Path()) / "new" / "0123" / "model.gguf"
+    command = (sys.executable, "-c", "import sys; open(sys.argv[1], 'w').close()", str(path))
+    first = entry("first", tmp_path, prepare=(Making(path, command),))
+    prepare([first], lambda line: None)
+    assert first.note is None
+    assert path.is_file()
