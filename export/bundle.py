@@ -19,6 +19,7 @@ from export.config import (
     check_fits_bundle,
     check_heads,
     check_positions,
+    with_int8_prefill,
     with_pictures,
 )
 from export.convert import convert
@@ -74,7 +75,7 @@ def export(
     if former is not None:
         check_files(config.place, former)
     check_heads(checkpoint.spec, config.target)
-    shapes = with_pictures(config, checkpoint.spec, shapes, vision)
+    shapes = with_int8_prefill(config, with_pictures(config, checkpoint.spec, shapes, vision))
     for shape in shapes:
         check_positions(checkpoint.spec, shape)
         if former is not None:
@@ -102,7 +103,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
     say(f"tracing {shape.name}")
     plan = None
     if config.quantisation is not None:
-        plan = Plan.of(config.target, config.precision, config.quantisation, shape.role, checkpoint.tied)
+        plan = Plan.of(config.target, config.precision, config.quantisation, shape, checkpoint.tied)
     model = convert(
         checkpoint, shape, config.target, config.precision, apart=plan is not None and plan.apart(shape)
     )

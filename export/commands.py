@@ -52,6 +52,7 @@ def compile_(
     output = Output(quiet, as_json)
     with output.progress() as say:
         from export.compile import compile_bundle
+        from export.kernel_choice import product_table
 
         compiled = compile_bundle(bundle, say, pack_fp32)
     table = Table("file", "bytes", title=f"compiled {escape(str(bundle))} for {compiled.cpu}")
@@ -59,7 +60,8 @@ def compile_(
     for file in compiled.files():
         table.add_row(file.path, f"{file.nbytes:,}")
     table.caption = f"largest difference {max(graph.worst_difference for graph in compiled.graphs):.1e}"
-    output.result({"bundle": str(bundle)} | compiled.model_dump(mode="json"), table)
+    tables = [table, product_table(compiled.products)] if compiled.products else [table]
+    output.result({"bundle": str(bundle)} | compiled.model_dump(mode="json"), *tables)
 
 
 def validate(

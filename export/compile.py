@@ -19,13 +19,24 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
+from export import kernel_choice
 from export.packed import PackedFile, Place, external, locate, pack_largest_first, take_in
 from export.rehearsal import compare
 from export.staging import staged_file
-from runtime.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, cpu_name, read, set_options
+from runtime.compiled import (
+    COMPILED,
+    DESCRIPTION,
+    Compiled,
+    CompiledGraph,
+    Products,
+    cpu_name,
+    read,
+    set_options,
+)
 from runtime.errors import CheckFailed, StillgraphError
 from runtime.manifest import File, GraphEntry, Manifest, check_files, sha256
 from runtime.manifest import read as read_manifest
+from runtime.session import available_cores
 
 STAGE = "compile"
 MIN_EXTERNAL = 1024  # bytes; smaller weights stay inside the graph's file
@@ -71,7 +82,10 @@ def compile_bundle(bundle: Path, say: Say, pack_fp32: bool = False) -> Compiled:
 
 
 def _compile(job: Job, say: Say) -> Compiled:
-    entries = list(job.manifest.graphs.values())
+    products = _products(job, say)
+    entries = [
+        entry for name, entry in job.manifest.graphs.items() if not products or name in products.chosen
+    ]
     with tempfile.TemporaryDirectory(dir=job.folder) as name:
         packed = PackedFile(Path(name) / "packed")
         models = [_prepare(job, entry, Path(name), packed, say) for entry in entries]
@@ -91,7 +105,29 @@ def _compile(job: Job, say: Say) -> Compiled:
         weights=job.manifest.weights.file,
         graphs=tuple(graphs),
         data=data,
+        products=products,
     )
+
+
+def _products(job: Job, say: Say) -> Products | None:
+    """Time the forms of a product on this CPU, and choose by it; None where no matrix is large enough."""
+    manifest = job.manifest
+    graphs = manifest.all_of("prefill") + manifest.all_of("decode")
+    if not graphs:
+        return None
+    graph = onnx.load(job.bundle / graphs[0].file.path, load_external_data=False).graph
+    shape = kernel_choice.largest_product(graph, manifest.model.vocab_size)
+    if shape is None:
+        return None
+    rows = sorted({entry.shape.slots for entry in graphs})
+    say(f"timing products of {shape[0]} by {shape[1]} weights")
+    times = kernel_choice.time_products(manifest, shape, rows, available_cores())
+    chosen = {
+        entry.shape.name: kernel_choice.form_of(entry, manifest)
+        for entry in kernel_choice.choose(manifest, times)
+    }
+    advice = kernel_choice.advice(manifest, times)
+    return Products(shape=shape, times=tuple(times), chosen=chosen, advice=advice)
 
 
 def _prepare(job: Job, entry: GraphEntry, folder: Path, packed: PackedFile, say: Say) -> onnx.ModelProto:

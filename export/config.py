@@ -136,6 +136,16 @@ def dynamic_shape(config: ExportConfig, ctx: int) -> GraphShape:
     return GraphShape(role="dynamic", slots=ctx, ctx=ctx)
 
 
+def with_int8_prefill(config: ExportConfig, shapes: Sequence[GraphShape]) -> list[GraphShape]:
+    """The graphs, and where `--fast-prefill` asks for it a second prefill of int8 activations.
+
+    The first stays: it shares the decode's weights, and `stillgraph compile` keeps the one that is faster.
+    """
+    fast = config.quantisation is not None and config.quantisation.fast_prefill
+    prefills = [shape for shape in shapes if fast and shape.role == "prefill"]
+    return [*shapes, *(shape.model_copy(update={"int8_activations": True}) for shape in prefills)]
+
+
 def with_pictures(
     config: ExportConfig, spec: ModelSpec, shapes: Sequence[GraphShape], vision: bool | None
 ) -> list[GraphShape]:

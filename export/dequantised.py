@@ -12,7 +12,6 @@ from export.lowering import Plan
 from export.quantize import Format, quantise
 from runtime.errors import CheckFailed
 from runtime.manifest import Manifest
-from runtime.spec import Role
 
 BLOCKED = ("packed", "columns")  # parts of a weight in blocks, of which each stored one has one
 TURNED = ".transpose"  # of a name: a matrix that the checkpoint has with a column for each output
@@ -20,20 +19,21 @@ CHANNELS = "channels"  # the part of one with a scale a row
 
 
 @torch.no_grad()
-def dequantise(model: torch.nn.Module, manifest: Manifest, role: Role) -> None:
+def dequantise(model: torch.nn.Module, manifest: Manifest, channels: bool) -> None:
     """Replace each weight that a graph of the bundle reads quantised by what its numbers mean.
 
+    channels: of a graph of int8 activations, which has weights with one scale a channel where there are some.
     The checkpoint's weight is quantised again, in the form that the bundle's weights file names, and nothing
     is read from that file: a mistake in how it is packed is an error of the graph, as it should be. Raises
     CheckFailed where the file holds a weight that the model has not.
     """
     matrices: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.dim() > 1}
     matrices |= {f"{name}{TURNED}": p.T for name, p in matrices.items() if p.dim() == 2}
-    for name, form in forms(manifest, role, {name: matrix.shape[1] for name, matrix in matrices.items()}):
+    for name, form in forms(manifest, channels, {name: matrix.shape[1] for name, matrix in matrices.items()}):
         matrices[name].copy_(quantise(matrices[name], form).dequantise())
 
 
-def forms(manifest: Manifest, role: Role, columns: dict[str, int]) -> Iterator[tuple[str, Format]]:
+def forms(manifest: Manifest, of_channels: bool, columns: dict[str, int]) -> Iterator[tuple[str, Format]]:
     """Each quantised tensor of the checkpoint and its form in a graph. columns: of every matrix by name."""
     assert manifest.quantisation is not None
     plan = Plan(manifest.target, manifest.precision, manifest.quantisation)
@@ -48,7 +48,7 @@ def forms(manifest: Manifest, role: Role, columns: dict[str, int]) -> Iterator[t
             raise CheckFailed("validate", problem, "export the bundle again")
         if part in BLOCKED:
             blocked |= {(source, int(bits)) for source in sources}
-        elif part == CHANNELS and role == "prefill":
+        elif part == CHANNELS and of_channels:
             channels |= set(sources)
     for source, bits in sorted(blocked):
         if source not in channels:

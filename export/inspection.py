@@ -13,7 +13,8 @@ import onnx
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.compiled import find
+from export.kernel_choice import product_table
+from runtime.compiled import Found, Products, find
 from runtime.errors import StillgraphError
 from runtime.manifest import GraphEntry, Manifest, Quantisation, Validation, check_files, read
 from runtime.spec import ITEM_SIZE, Frozen, GraphShape, LayerKind, cache_shape
@@ -73,7 +74,8 @@ class Ranges(Frozen):
 
 
 class Inspection(Frozen):
-    """Everything `stillgraph inspect` shows. compiled: the folder for this machine, or why it is not used."""
+    """Everything `stillgraph inspect` shows. compiled: the folder for this machine, or why it is not used;
+    products: what was timed for it."""
 
     bundle: str
     model: str
@@ -83,6 +85,7 @@ class Inspection(Frozen):
     precision: str
     quantisation: Quantisation | None
     compiled: str | None
+    products: Products | None
     tools: dict[str, str]
     files: dict[str, int]
     graphs: dict[str, GraphInspection]
@@ -95,6 +98,7 @@ def inspect(bundle: Path) -> Inspection:
     """Look into a bundle. Raises StillgraphError where it is not whole."""
     manifest = read(bundle)
     check_files(bundle, manifest)
+    found = find(bundle, manifest)
     return Inspection(
         bundle=str(bundle),
         model=manifest.source.id,
@@ -103,7 +107,8 @@ def inspect(bundle: Path) -> Inspection:
         target=manifest.target,
         precision=manifest.precision,
         quantisation=manifest.quantisation,
-        compiled=_compiled(bundle, manifest),
+        compiled=_compiled(found),
+        products=found.compiled.products if found.compiled else None,
         tools=manifest.tools,
         files={file.path: file.nbytes for file in manifest.all_files()},
         graphs={name: _graph(bundle, entry) for name, entry in manifest.graphs.items()},
@@ -187,7 +192,9 @@ def _ranges(manifest: Manifest) -> Ranges:
 
 def tables(inspection: Inspection) -> list[Table]:
     """The same for people."""
-    return [_overview(inspection), _file_table(inspection), _op_table(inspection), _memory_table(inspection)]
+    timed = [product_table(inspection.products)] if inspection.products else []
+    others = _file_table(inspection), _op_table(inspection), _memory_table(inspection)
+    return [_overview(inspection), *others, *timed]
 
 
 def _overview(inspection: Inspection) -> Table:
@@ -229,13 +236,9 @@ def _form(quantisation: Quantisation | None) -> str:
     return f" in {kind} blocks of {quantisation.block_size}{kept}{fast}"
 
 
-def _compiled(bundle: Path, manifest: Manifest) -> str | None:
-    found = find(bundle, manifest)
-    return (
-        f"for {found.compiled.cpu}, ONNX Runtime {found.compiled.onnxruntime}"
-        if found.compiled
-        else found.reason
-    )
+def _compiled(found: Found) -> str | None:
+    made = found.compiled
+    return f"for {made.cpu}, ONNX Runtime {made.onnxruntime}" if made else found.reason
 
 
 def _verdict(validation: Validation | None) -> str:

@@ -14,7 +14,7 @@ from export.parts import Matrix, matrix_of
 from export.quantize import Bits, Format
 from export.recipe import Recipe, Weight
 from runtime.manifest import Precision, Quantisation, Target
-from runtime.spec import GraphShape, Role
+from runtime.spec import GraphShape
 
 BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
 RISING: tuple[Precision, ...] = ("int4", "int8", "fp32")
@@ -42,12 +42,16 @@ class Plan:
 
     @classmethod
     def of(
-        cls, target: Target, precision: Precision, quantisation: Quantisation, role: Role, tied: str | None
+        cls,
+        target: Target,
+        precision: Precision,
+        quantisation: Quantisation,
+        shape: GraphShape,
+        tied: str | None,
     ) -> Plan:
-        """The plan of a graph of a role: a tower's products are of int8, whatever the decoder's are."""
-        fast = quantisation.fast_prefill and role == "prefill"
-        tower = role == "vision"
-        return cls(target, "int8" if tower else precision, quantisation, fast, tied, tower)
+        """The plan of a graph: a tower's products are of int8, whatever the decoder's are."""
+        tower = shape.role == "vision"
+        return cls(target, "int8" if tower else precision, quantisation, shape.int8_activations, tied, tower)
 
     def apart(self, shape: GraphShape) -> bool:
         """Whether gate and up are to be two products: one for both would be split in vain.

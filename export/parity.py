@@ -21,7 +21,7 @@ ACTIVATION_ROUNDOFF = 2.0**-8  # of int8, to the largest value of a block
 class CaseResult(Frozen):
     """One prompt and the decode steps after it. cache_errors: per layer, relative to its largest value;
     feature_error: of the features of the text's picture; bound: what these and the relative errors of logits
-    may be."""
+    may be; int8_activations: whether it is of the prefill that rounds them."""
 
     text: TextKind
     optimised: bool
@@ -31,6 +31,7 @@ class CaseResult(Frozen):
     comparisons: tuple[Comparison, ...]
     cache_errors: tuple[float, ...]
     feature_error: float | None = None
+    int8_activations: bool = False
 
     @property
     def errors(self) -> tuple[float, ...]:
@@ -165,6 +166,7 @@ def case_row(case: CaseResult) -> list[str]:
     agreement = np.mean([c.top1_equal for c in case.comparisons])
     rows = 1 + max(c.row for c in case.comparisons)
     prompt = f"{case.prompt}" + ("" if case.start == "prefill" else " (given)")
+    prompt += " (int8)" if case.int8_activations else ""
     return [
         case.text, "on" if case.optimised else "off", prompt, f"{len(case.comparisons) // rows - 1}",
         f"{worst.max_error:.1e}", f"{np.mean([c.mean_error for c in case.comparisons]):.1e}",

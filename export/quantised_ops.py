@@ -41,9 +41,9 @@ class Builder:
             self.parts[part.name], self._inputs[part.name] = part, value
         return self._inputs[part.name]
 
-    def constant(self, array: np.ndarray) -> ir.Value:
-        """An initializer in the graph; equal ones are one."""
-        key = (array.dtype.str, array.shape, array.tobytes())
+    def constant(self, array: np.ndarray, shared: bool = True) -> ir.Value:
+        """An initializer in the graph; equal ones are one where they may be shared."""
+        key = (array.dtype.str, array.shape, array.tobytes() if shared else len(self._constants))
         if key not in self._constants:
             value = ir.Value(
                 name=f"quantised_ops.{len(self._constants)}",
@@ -71,6 +71,11 @@ class Builder:
         attrs = ir.convenience.convert_attributes(attributes)
         self._nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=[output]))
         return output
+
+    def append_to_graph(self) -> None:
+        """Put the nodes made since the last call behind those of the graph."""
+        nodes, self._nodes = self._nodes, []
+        self._graph.extend(nodes)
 
     def put_in_place_of(self, node: ir.Node, result: ir.Value) -> None:
         """Insert the nodes made since the last call, with `result` where the node's output was."""

@@ -108,6 +108,7 @@ class Replay:
             comparisons=tuple(state.comparisons),
             cache_errors=tuple(self.cache_error(state, layer) for layer in self.layers),
             feature_error=self.feature_error(),
+            int8_activations=any(graph.shape.int8_activations for graph in self.manifest.graphs.values()),
         )
 
     def cache_error(self, state: State, layer: int) -> float:

@@ -92,14 +92,13 @@ class Proof:
         return summarise(manifest.precision, divergences, text, recalled)
 
     def parts(self) -> list[Manifest]:
-        """The bundle, or its graphs one by one where they have weights of their own."""
-        manifest = self.manifest
-        if manifest.quantisation is None or not manifest.quantisation.fast_prefill:
-            return [manifest]
-        decode = {name: graph for name, graph in manifest.graphs.items() if graph.shape.role == "decode"}
-        others = {name: graph for name, graph in manifest.graphs.items() if name not in decode}
-        parts = [manifest.model_copy(update={"graphs": graphs}) for graphs in (decode, others)]
-        return [part for part in parts if any(graph.shape.caches for graph in part.graphs.values())]
+        """The bundle's graphs of the same weights; a prefill of int8 activations has its own."""
+        graphs = self.manifest.graphs
+        own = {name: graph for name, graph in graphs.items() if graph.shape.int8_activations}
+        shared = {name: graph for name, graph in graphs.items() if name not in own}
+        seeing = {name: graph for name, graph in graphs.items() if not graph.shape.caches}
+        parts = [shared, own | seeing] if own else [graphs]
+        return [self.manifest.model_copy(update={"graphs": part}) for part in parts]
 
     def replay(self, part: Manifest, plans: list[Plan]) -> list[CaseResult]:
         """Every case of some graphs that have the same weights, against PyTorch with these weights."""
@@ -107,8 +106,7 @@ class Proof:
         model = self.checkpoint.load()
         if part.quantisation is not None:
             self.say("giving PyTorch's model the quantised weights")
-            role = next(graph.shape.role for graph in part.graphs.values() if graph.shape.caches)
-            dequantise(model, part, role)
+            dequantise(model, part, _int8_activations(part))
         references = {}
         for kind in dict.fromkeys(plan.text for plan in plans):
             self.say(f"PyTorch's pass over {kind} ids")
@@ -121,8 +119,7 @@ class Proof:
         for plan in plans:
             self.say(f"{plan.text} ids, ONNX Runtime's optimisations {'on' if plan.optimised else 'off'}")
             # Without packed weights only the prefill that is written so rounds its inputs.
-            own = part.quantisation is not None and part.quantisation.fast_prefill
-            rounds = plan.optimised or (own and part.graph("prefill") is not None)
+            rounds = plan.optimised or _int8_activations(part)
             value, _ = bound(part.model, part.precision, rounds)
             cases += runner(self.bundle, part, references[plan.text], plan, value, self.say).run()
         return cases
@@ -132,6 +129,10 @@ class Proof:
             return text_ids(self.bundle, self.manifest)
         ids, vision = random_ids(self.manifest), self.manifest.model.vision
         return with_picture(ids, vision) if kind == "picture" and vision else ids
+
+
+def _int8_activations(part: Manifest) -> bool:
+    return any(graph.shape.int8_activations for graph in part.graphs.values())
 
 
 def _checkpoint(bundle: Path, manifest: Manifest, model: str | None) -> Checkpoint:

@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Literal
 
 import onnxruntime as ort
-from pydantic import ValidationError
+from pydantic import PositiveInt, ValidationError
 
 from runtime.manifest import File, GraphEntry, Manifest, sha256
 from runtime.spec import Frozen
 
 COMPILED = "compiled"
 DESCRIPTION = "compiled.json"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 CPUINFO = Path("/proc/cpuinfo")
 # What the name shows of a CPU, best first: the flag of /proc/cpuinfo (x86 or Arm) and its word in the name.
 LEVELS = {"amx_int8": "amx", "avx512f": "avx512", "avx2": "avx2", "i8mm": "i8mm", "asimddp": "dotprod"}
+Form = Literal["fp32", "blocks", "channels"]  # of a product: see export/kernel_choice.py
 AGAIN = "run 'stillgraph compile' to make it again"
 
 
@@ -40,24 +41,48 @@ class CompiledGraph(Frozen):
     worst_difference: float
 
 
+class ProductTime(Frozen):
+    """The median time of one product of `rows` tokens in a form, in milliseconds, when it was compiled."""
+
+    form: Form
+    rows: PositiveInt
+    ms: float
+
+
+class Products(Frozen):
+    """The timed products: of matrices of `shape` [N, K], the largest of a layer; the form of each graph;
+    and in a sentence what would be faster and is not in the bundle."""
+
+    shape: tuple[PositiveInt, PositiveInt]
+    times: tuple[ProductTime, ...]
+    chosen: dict[str, Form]
+    advice: str | None = None
+
+
 class Compiled(Frozen):
     """`compiled.json`. Paths are relative to the bundle, as are those inside the graphs.
 
     cpu, onnxruntime: what it is for. packed: whether weights are packed; else the graphs read `weights`, the
     bundle's own file, as it is. data: the file of packed weights; None where nothing had to go into it.
+    products: what was timed, and chosen by it; of two graphs of one role only the chosen one is compiled.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     cpu: str
     onnxruntime: str
     packed: bool
     weights: File
     graphs: tuple[CompiledGraph, ...]
     data: File | None
+    products: Products | None = None
 
     def graph(self, entry: GraphEntry) -> CompiledGraph | None:
         """What was made of a graph of the bundle, or None."""
         return next((graph for graph in self.graphs if graph.source == entry.file), None)
+
+    def choice(self, manifest: Manifest, role: str) -> GraphEntry | None:
+        """The graph of a role that was compiled, or None."""
+        return next((entry for entry in manifest.all_of(role) if self.graph(entry)), None)
 
     def files(self) -> list[File]:
         return [*(graph.file for graph in self.graphs), *([self.data] if self.data else [])]
@@ -178,8 +203,9 @@ def _misfit(compiled: Compiled, manifest: Manifest, cpu: str) -> str | None:
         return f"it was made by onnxruntime {compiled.onnxruntime} and this is {ort.__version__}"
     if compiled.weights != manifest.weights.file:
         return "the bundle's weights have changed since"
-    missing = [name for name, entry in manifest.graphs.items() if compiled.graph(entry) is None]
-    return f"graph {missing[0]} was added or changed since" if missing else None
+    roles = {entry.shape.role for entry in manifest.graphs.values()}
+    missing = [role for role in sorted(roles) if compiled.choice(manifest, role) is None]
+    return f"the {missing[0]} graph was added or changed since" if missing else None
 
 
 def _damage(bundle: Path, compiled: Compiled, hashes: bool) -> str | None:

@@ -59,7 +59,7 @@ def load(
     if found.reason:
         log.warning(found.reason)
     open_graph = _loader(folder, manifest, found.compiled, threads, one, profile)
-    pair = None if dynamic else _pair(folder, manifest)
+    pair = None if dynamic else _pair(folder, manifest, found.compiled)
     data = found.compiled.data if found.compiled else None
     read_in(folder / (data or manifest.weights.file).path)
     graphs: Graphs
@@ -126,9 +126,10 @@ def _loader(
     return open_graph
 
 
-def _pair(folder: Path, manifest: Manifest) -> tuple[GraphEntry, GraphEntry]:
-    """The prefill and the decode, which share a cache."""
+def _pair(folder: Path, manifest: Manifest, compiled: Compiled | None) -> tuple[GraphEntry, GraphEntry]:
+    """The prefill and the decode, which share a cache; of two prefills the one that was compiled."""
     prefill, decode = _entry(folder, manifest, "prefill"), _entry(folder, manifest, "decode")
+    prefill = (compiled.choice(manifest, "prefill") if compiled else None) or prefill
     if prefill.shape.ctx not in (None, decode.shape.ctx):
         problem = f"{folder} has a prefill of ctx {prefill.shape.ctx} and a decode of ctx {decode.shape.ctx}"
         raise StillgraphError("load bundle", problem, "export both with one --ctx")

@@ -100,7 +100,8 @@ class Quantisation(Frozen):
     """How weights of int8 and int4 are stored: blocks of a row's weights share a scale, and a zero point.
 
     symmetric: no zero points; keep: patterns of weight names and the precision those are kept at instead;
-    fast_prefill: the prefill graph has weights of its own, int8 with one scale an output channel.
+    fast_prefill: there is a second prefill graph of int8 activations, with weights of its own: int8, one
+    scale an output channel.
     """
 
     block_size: PositiveInt
@@ -176,8 +177,12 @@ class Manifest(Frozen):
         return self
 
     def graph(self, role: str) -> GraphEntry | None:
-        """The graph of a role, or None."""
-        return next((graph for graph in self.graphs.values() if graph.shape.role == role), None)
+        """The graph of a role, or None; of two prefills the one of int8 activations."""
+        return max(self.all_of(role), key=lambda graph: graph.shape.int8_activations, default=None)
+
+    def all_of(self, role: str) -> list[GraphEntry]:
+        """Every graph of a role: they take the same inputs and differ in how products are computed."""
+        return [graph for graph in self.graphs.values() if graph.shape.role == role]
 
     def all_files(self) -> list[File]:
         return [*(graph.file for graph in self.graphs.values()), self.weights.file, *self.files]

@@ -115,7 +115,8 @@ class GraphShape(Frozen):
     have ctx + slack, so that a padded chunk always fits behind the last token, and sliding layers window +
     slack, so that old tokens are moved out once in slack + 1 tokens and not at each one. embeds: whether a
     prefill takes embeddings, which an embed graph makes of ids. A vision graph has a slot for each feature of
-    a picture, and one picture a row.
+    a picture, and one picture a row. int8_activations: whether the products of a prefill round each token's
+    activations to int8, with one scale a token.
     """
 
     role: Role
@@ -124,6 +125,7 @@ class GraphShape(Frozen):
     ctx: PositiveInt | None = None
     slack: NonNegativeInt | None = None
     embeds: bool = False
+    int8_activations: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> GraphShape:
@@ -133,6 +135,8 @@ class GraphShape(Frozen):
             raise ValueError("a dynamic graph has one row, as many token slots as ctx, and no slack")
         if self.embeds and self.role != "prefill":
             raise ValueError(f"a {self.role} graph that takes embeddings")
+        if self.int8_activations and self.role != "prefill":
+            raise ValueError(f"a {self.role} graph of int8 activations")
         if not self.caches and (self.ctx, self.slack) != (None, None):
             raise ValueError(f"a {self.role} graph has no cache")
         if self.slack is not None and (self.ctx is None or self.slack < self.slots - 1):
@@ -141,10 +145,11 @@ class GraphShape(Frozen):
 
     @property
     def name(self) -> str:
-        """File name without suffix: `prefill-128`, `decode-1024`, `embed-128`, `dynamic`, `vision`."""
+        """File name without suffix: `prefill-128`, `prefill-128-int8`, `decode-1024`, `dynamic`, `vision`."""
         if self.role in ("dynamic", "vision"):
             return self.role
-        return f"{self.role}-{self.ctx if self.role == 'decode' else self.slots}"
+        products = "-int8" if self.int8_activations else ""
+        return f"{self.role}-{self.ctx if self.role == 'decode' else self.slots}{products}"
 
     @property
     def grows(self) -> bool:

@@ -105,7 +105,7 @@ def elsewhere(bundle: Path, folder: Path) -> None:
 
 
 def newer(bundle: Path, folder: Path) -> None:
-    edit(folder / DESCRIPTION, format_version=2)
+    edit(folder / DESCRIPTION, format_version=3)
 
 
 def unknown_key(bundle: Path, folder: Path) -> None:
@@ -155,7 +155,7 @@ def of_another_graph(bundle: Path, folder: Path) -> None:
         (older, f"it was made by onnxruntime 1.0.0 and this is {ort.__version__}"),
         (renamed, f"it was made on their-cpu and this is {CPU}"),
         (elsewhere, f"{COMPILED}/their-cpu is not used: it is for another CPU, and this one is {CPU}"),
-        (newer, f"its {DESCRIPTION} cannot be read (format version 2 where this stillgraph understands 1)"),
+        (newer, f"its {DESCRIPTION} cannot be read (format version 3 where this stillgraph understands 2)"),
         (unknown_key, f"its {DESCRIPTION} cannot be read (surprise: Extra inputs are not permitted)"),
         (no_json, f"its {DESCRIPTION} cannot be read ("),
         (no_object, f"its {DESCRIPTION} cannot be read (format version None"),
@@ -164,7 +164,7 @@ def of_another_graph(bundle: Path, folder: Path) -> None:
         (cut, f"packed.data has 4 bytes where {DESCRIPTION} says 6"),
         (outside, "packed.data leaves the bundle"),
         (of_other_weights, "the bundle's weights have changed since"),
-        (of_another_graph, "graph decode was added or changed since"),
+        (of_another_graph, "the decode graph was added or changed since"),
     ],
 )
 def test_one_that_does_not_fit_is_not_used(bundle: Path, change: Change, words: str) -> None:
