@@ -29,14 +29,13 @@ from runtime.compiled import (
     Compiled,
     CompiledGraph,
     Products,
-    cpu_name,
     read,
     set_options,
 )
+from runtime.cpu import available_cores, cpu_name
 from runtime.errors import CheckFailed, StillgraphError
 from runtime.manifest import File, GraphEntry, Manifest, check_files, sha256
 from runtime.manifest import read as read_manifest
-from runtime.session import available_cores
 
 STAGE = "compile"
 MIN_EXTERNAL = 1024  # bytes; smaller weights stay inside the graph's file

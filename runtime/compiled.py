@@ -7,11 +7,7 @@ writes it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,15 +15,13 @@ from typing import Literal
 import onnxruntime as ort
 from pydantic import PositiveInt, ValidationError
 
+from runtime.cpu import cpu_name
 from runtime.manifest import File, GraphEntry, Manifest, sha256
 from runtime.spec import Frozen
 
 COMPILED = "compiled"
 DESCRIPTION = "compiled.json"
 FORMAT_VERSION: Literal[2] = 2
-CPUINFO = Path("/proc/cpuinfo")
-# What the name shows of a CPU, best first: the flag of /proc/cpuinfo (x86 or Arm) and its word in the name.
-LEVELS = {"amx_int8": "amx", "avx512f": "avx512", "avx2": "avx2", "i8mm": "i8mm", "asimddp": "dotprod"}
 Form = Literal["fp32", "blocks", "channels"]  # of a product: see export/kernel_choice.py
 AGAIN = "run 'stillgraph compile' to make it again"
 
@@ -154,39 +148,6 @@ def _set(options: ort.SessionOptions, key: str, value: str) -> None:
         if value == "0":
             return
     options.add_session_config_entry(key, value)
-
-
-def cpu_name() -> str:
-    """This CPU as a folder's name, such as `amd-epyc-avx512-0123abcd`: what packed weights depend on."""
-    try:
-        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        text = ""
-    return describe_cpu(text, platform.machine())
-
-
-def describe_cpu(cpuinfo: str, machine: str) -> str:
-    """The name from the text of /proc/cpuinfo, may be empty, and the machine's architecture.
-
-    Its last part hashes the instruction sets: ONNX Runtime chooses its kernels, and with them the layout of
-    packed weights, by these.
-    """
-    fields = dict(_fields(cpuinfo))
-    flags = sorted(set((fields.get("flags") or fields.get("Features") or "").split()))
-    model = fields.get("model name", "").lower()
-    level = next((word for flag, word in LEVELS.items() if flag in flags), "")
-    slug = re.sub("[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*|\bcpu\b|\d+-core|\bprocessor\b", "", model)).strip(
-        "-"
-    )
-    digest = hashlib.sha256(" ".join([machine, *flags]).encode()).hexdigest()[:8]
-    return "-".join(part for part in (slug[:32].strip("-") or machine.lower(), level, digest) if part)
-
-
-def _fields(cpuinfo: str) -> Iterator[tuple[str, str]]:
-    """The fields of the first processor."""
-    for line in cpuinfo.partition("\n\n")[0].splitlines():
-        name, _, value = line.partition(":")
-        yield name.strip(), value.strip()
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.compiled import Compiled, Found, find, set_options
+from runtime.cpu import available_cores, cpu_name, lacking
 from runtime.embedding import Embedder
 from runtime.engine import Engine
 from runtime.errors import StillgraphError
@@ -17,7 +18,7 @@ from runtime.graphpair import GraphPair, Graphs
 from runtime.growing import GrowingGraph
 from runtime.manifest import GraphEntry, Manifest, check_files, read
 from runtime.pages import mappings, populate, read_in
-from runtime.session import Session, available_cores, session_options
+from runtime.session import Session, session_options
 from runtime.text import Text
 from runtime.vision import Vision
 
@@ -52,6 +53,9 @@ def load(
     folder = Path(bundle)
     manifest = read(folder)
     check_files(folder, manifest, hashes=check_hashes)
+    if missing := lacking(manifest.requires.cpu):
+        problem = f"{folder} needs {', '.join(missing)}, which this CPU, {cpu_name()}, does not have"
+        raise StillgraphError("load bundle", problem, "export the bundle again, or run it on another machine")
     dynamic = manifest.graph("dynamic")
     one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
     text = Text(folder, manifest.tokens.bos) if (folder / "tokenizer.json").is_file() else None

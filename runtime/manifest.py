@@ -20,7 +20,7 @@ from pydantic import (
 from runtime.errors import StillgraphError
 from runtime.spec import Frozen, GraphShape, ModelSpec, Port, input_ports, output_ports
 
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 MANIFEST = "manifest.json"
 
 Target = Literal["portable", "onnxruntime"]
@@ -151,15 +151,22 @@ class Validation(Frozen):
     quality: Quality | None = None
 
 
+class Requires(Frozen):
+    """What the graphs need of a machine. cpu: instruction sets, as /proc/cpuinfo of Linux names them."""
+
+    cpu: tuple[str, ...] = ()
+
+
 class Manifest(Frozen):
     """`manifest.json`. Unknown keys are errors; another format version is refused."""
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     source: Source
     model: ModelSpec
     target: Target
     precision: Precision
     quantisation: Quantisation | None = None
+    requires: Requires = Requires()
     tools: dict[str, str]
     graphs: dict[str, GraphEntry]
     weights: Weights

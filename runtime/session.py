@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,13 +90,6 @@ def session_options(
     if entry.shape.role != "decode" and one_at_a_time:
         options.enable_cpu_mem_arena = False
     return options
-
-
-def available_cores() -> int:
-    """Cores this process may use: fewer than the machine's in a container or under taskset."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def empty(port: Port) -> Array:

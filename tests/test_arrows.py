@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("export", "patches", "runtime")
 # What of the runtime is open to the export.
 OF_RUNTIME = {
-    f"runtime.{name}" for name in ("bench.contender", "compiled", "errors", "guard", "manifest", "spec")
+    f"runtime.{name}"
+    for name in ("bench.contender", "compiled", "cpu", "errors", "guard", "manifest", "spec")
 }
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
 

@@ -34,8 +34,8 @@ from runtime.bench.table import (
     markdown,
     told,
 )
+from runtime.cpu import available_cores
 from runtime.errors import CheckFailed, StillgraphError
-from runtime.session import available_cores
 
 log = logging.getLogger("stillgraph")
 REFERENCES = ("torch", "dynamic")  # of --against; the first of them that ran is what ratios are over

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from runtime.compiled import cpu_name
+from runtime.cpu import cpu_name
 
 KEPT = Path(__file__).with_name("ratios.json")
 TOLERANCE = 1.25  # over the noise of three turns on a shared machine

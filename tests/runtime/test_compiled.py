@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from runtime import compiled
-from runtime.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, describe_cpu, find, set_options
+from runtime.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, find, set_options
 from runtime.manifest import File, Manifest, read, sha256
 
 CPU = "this-cpu"
@@ -185,35 +185,3 @@ def test_a_changed_byte_is_found_on_request(bundle: Path) -> None:
     reason = find(bundle, manifest, hashes=True).reason
     assert reason is not None
     assert f"packed.data does not have the hash in {DESCRIPTION}" in reason
-
-
-X86 = "processor : 0\nmodel name : {}\nflags : fpu {}\n\nprocessor : 1\nmodel name : other\nflags : none\n"
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "machine", "name"),
-    [
-        (X86.format("AMD EPYC", "avx2 avx512f"), "x86_64", "amd-epyc-avx512"),
-        (
-            X86.format("Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", "avx2"),
-            "x86_64",
-            "intel-xeon-e5-2680-v4-avx2",
-        ),
-        (X86.format("AMD Ryzen 9 7950X 16-Core Processor", "avx2"), "x86_64", "amd-ryzen-9-7950x-avx2"),
-        ("processor : 0\nFeatures : fp asimd asimddp i8mm\n", "aarch64", "aarch64-i8mm"),
-        ("", "AMD64", "amd64"),
-    ],
-)
-def test_a_cpu_has_a_readable_name(cpuinfo: str, machine: str, name: str) -> None:
-    assert describe_cpu(cpuinfo, machine).rpartition("-")[0] == name
-
-
-def test_the_name_depends_on_the_instruction_sets_and_not_on_their_order() -> None:
-    names = [describe_cpu(X86.format("AMD EPYC", flags), "x86_64") for flags in ("a b", "b a", "a b c")]
-    assert names[0] == names[1] != names[2]
-
-
-def test_the_name_of_this_cpu_is_a_folder_name() -> None:
-    name = compiled.cpu_name()
-    assert name
-    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_")

@@ -20,7 +20,8 @@ from export import compile as compiling
 from export.compile import compile_bundle
 from export.packed import PackedFile, external
 from export.rehearsal import compare
-from runtime.compiled import COMPILED, DESCRIPTION, Compiled, cpu_name, find, set_options
+from runtime.compiled import COMPILED, DESCRIPTION, Compiled, find, set_options
+from runtime.cpu import cpu_name
 from runtime.errors import CheckFailed
 from runtime.manifest import MANIFEST, File, check_files, read, sha256
 
