@@ -148,6 +148,8 @@ def _runner(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if form == "fp32":  # as the runtime has them: mapped, as they are
+        options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
