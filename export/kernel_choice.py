@@ -148,6 +148,8 @@ def _runner(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Its threads would spin on for a while and take the cores from the form whose turn is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if form == "fp32":  # as the runtime has them: mapped, as they are
         options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(
