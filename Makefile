@@ -9,7 +9,7 @@ SEEING := artifacts/demo-vision
 SCHEMA := runtime/manifest.schema.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check schema clean
+.PHONY: help demo test bench cpus check schema clean
 
 help:  ## Show this
 	@sed -n "s/^\([a-z]*\):.*  ## /\1	/p" Makefile
@@ -26,6 +26,9 @@ test: $(VENV)/.dev  ## Run the tests
 
 bench: $(VENV)/.dev  ## Ratios to PyTorch beside those kept in tests/guard, in 3 minutes; warns, never fails
 	@$(BIN)/python tests/guard/guard.py artifacts/bench
+
+cpus: $(VENV)/.dev  ## Products and the demo on each class of CPU, emulated where it is another's, in 5 minutes
+	@$(BIN)/python -m tests.cpus.table artifacts/cpus
 
 check: $(VENV)/.dev  ## Lint, types, and which package may import which
 	$(BIN)/ruff check

@@ -22,6 +22,7 @@ from export.recipe import Weight, take_out
 from export.simplify import static_problem
 from runtime.manifest import Precision, Quantisation, Target, Weights
 
+pytestmark = pytest.mark.kernels
 V, N, K = 7, 5, 80  # entries, rows of weights, columns: odd, odd, and not a multiple of a block
 ROWS = 3
 # fp32 sums of K products in another order than numpy's.

@@ -21,6 +21,7 @@ from export.quantize import Format, quantise
 from export.recipe import Weight, take_out
 from runtime.manifest import Quantisation
 
+pytestmark = pytest.mark.kernels
 K = 48
 NAMES = ("u.weight", "d.weight")
 FAST = Plan("onnxruntime", "int8", Quantisation(block_size=32), fast=True)
