@@ -32,7 +32,7 @@ from runtime.compiled import (
     read,
     set_options,
 )
-from runtime.cpu import available_cores, cpu_name
+from runtime.cpu import EXACT_SUMS, available_cores, cpu_name
 from runtime.errors import CheckFailed, StillgraphError
 from runtime.manifest import File, GraphEntry, Manifest, check_files, sha256
 from runtime.manifest import read as read_manifest
@@ -214,6 +214,8 @@ def _rehearse(job: Job, entry: GraphEntry, file: File) -> float:
 def _options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    for name, value in EXACT_SUMS.items():
+        options.add_session_config_entry(name, value)
     return options
 
 

@@ -24,6 +24,7 @@ from export.parts import Matrix, Part
 from export.quantize import Format, Quantised, quantise
 from export.recipe import Recipe
 from runtime.compiled import Form, Products, ProductTime
+from runtime.cpu import EXACT_SUMS
 from runtime.manifest import GraphEntry, Manifest
 
 # Enough matrices that none is in a cache of the CPU when its turn comes again, as in a step of a model.
@@ -149,9 +150,11 @@ def _runner(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # Its threads would spin on for a while and take the cores from the form whose turn is next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    entries = {"session.force_spinning_stop": "1"} | EXACT_SUMS
     if form == "fp32":  # as the runtime has them: mapped, as they are
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        entries["session.disable_prepacking"] = "1"
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

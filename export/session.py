@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from runtime.cpu import EXACT_SUMS
 from runtime.manifest import Alias
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -20,6 +21,8 @@ def open_graph(path: Path, optimised: bool, pack: bool = False) -> ort.Inference
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    for name, value in EXACT_SUMS.items():
+        options.add_session_config_entry(name, value)
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -12,6 +12,9 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 # What the name shows of a CPU, best first: the flag of /proc/cpuinfo (x86 or Arm) and its word in the name.
 LEVELS = {"amx_int8": "amx", "avx512f": "avx512", "avx2": "avx2", "i8mm": "i8mm", "asimddp": "dotprod"}
+# Options of a session with which products round activations by block, as their op says, on every CPU.
+# On Arm, KleidiAI would take over int4 products of whole blocks and round by row.
+EXACT_SUMS = {"mlas.disable_kleidiai": "1"}
 
 
 def cpu_name() -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from runtime.cpu import EXACT_SUMS
 from runtime.errors import StillgraphError
 from runtime.manifest import GraphEntry
 from runtime.spec import DType, Port
@@ -82,6 +83,8 @@ def session_options(
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    for name, value in EXACT_SUMS.items():
+        options.add_session_config_entry(name, value)
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if entry.shape.role != "decode":

@@ -107,11 +107,6 @@ def _is_exact(product: Product) -> bool:
 def _notes(tried: Trial) -> list[str]:
     """What is not equal and not wrong either."""
     notes = []
-    if tried.found is not None and (rows := [p for p in tried.found.products.values() if p.by_row]):
-        exact = "exact with mlas.disable_kleidiai"
-        notes.append(
-            f"{len(rows)} forms round activations by row (KleidiAI); sums are then right, and {exact}"
-        )
     for name, partings in (tried.partings or {}).items():
         if partings:
             gap = max(parting.gap for parting in partings)

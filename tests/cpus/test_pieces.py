@@ -20,7 +20,7 @@ SSE, AVX2 = ["SSE42"], ["SSE42", "AVX", "AVX2"]
 CASE = next(case for case in products.cases() if case.product == "blocked int4 b32 symmetric")
 FOUND = Found(
     features=SSE,
-    products={"a": Product(3, 3, 0, None), "b": Product(3, 1, 2, None)},
+    products={"a": Product(3, 3, None), "b": Product(3, 1, None)},
     full_range=True,
     precise=True,
     rounding={"int8": "by block", "int4": "not"},
@@ -66,7 +66,7 @@ def test_found_survives_json() -> None:
 
 def test_what_is_wrong_is_told() -> None:
     assert trial._problems(LANES["sse"], FOUND) == []
-    assert trial._problems(None, replace(FOUND, products={"a": Product(1, 0, 0, "off")})) == ["off"]
+    assert trial._problems(None, replace(FOUND, products={"a": Product(1, 0, "off")})) == ["off"]
     assert len(trial._problems(LANES["avx2"], FOUND)) == 2  # it lacks AVX2; full-range codes are exact
     assert len(trial._problems(LANES["sse"], replace(FOUND, full_range=False, precise=False))) == 2
 
@@ -79,7 +79,6 @@ def test_the_table_has_a_row_for_what_was_tried_and_what_was_not() -> None:
     assert f"| {' | '.join([*cells, '2, 2, 2, 2 of 2', '2, 1, 2, 2 of 2', '0'])} |" in text
     assert "| Arm | qemu | udot | FAILED |" in text
     assert "- WRONG, Arm: it died: of something" in text
-    assert "- native: 1 forms round activations by row" in text
     assert "- native: int8: 1 of the prompts part" in text
 
 
@@ -124,13 +123,7 @@ def test_a_wrong_sum_is_seen(tmp_path: Path) -> None:
     np.savez(tmp_path / "case.npz", **arrays)
     found = sums.difference(tmp_path)
     assert found is not None
-    assert found.text.startswith("6 of 222 differ; worst at [0, 0, 5], ")
-    assert found.by_row  # as little as rounding may do
-    arrays["weights"][5] += 100
-    np.savez(tmp_path / "case.npz", **arrays)
-    found = sums.difference(tmp_path)
-    assert found is not None
-    assert not found.by_row
+    assert found.startswith("6 of 222 differ; worst at [0, 0, 5], ")
 
 
 def test_what_is_in_steps_is_not_rounded() -> None:
