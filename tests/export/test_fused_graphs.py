@@ -118,10 +118,11 @@ def test_a_fast_prefill_quantises_each_input_once(tiny_bundle: Bundle, batch: in
 def test_gate_and_up_are_apart_where_they_are_quantised_for_both(keep: Any, slots: int, apart: bool) -> None:
     """What is kept in fp32 is stored once for both graphs, so it has to be the same matrix in both."""
     how = Quantisation(block_size=32, keep=keep, fast_prefill=True)
-    plan = Plan.of("onnxruntime", "int4", how, "prefill", None)
-    assert plan.apart(GraphShape(role="prefill", slots=slots, ctx=40, slack=15)) is apart
-    plan = Plan.of("onnxruntime", "int4", how, "decode", None)
-    assert not plan.apart(GraphShape(role="decode", slots=1, ctx=40, slack=15))
+    prefill = GraphShape(role="prefill", slots=slots, ctx=40, slack=15, int8_activations=True)
+    plain = prefill.model_copy(update={"int8_activations": False})
+    decode = GraphShape(role="decode", slots=1, ctx=40, slack=15)
+    for shape, expected in ((prefill, apart), (plain, False), (decode, False)):
+        assert Plan.of("onnxruntime", "int4", how, shape, None).apart(shape) is expected
 
 
 def test_validation_passes_and_walks_to_the_last_slot(five: Path) -> None:
