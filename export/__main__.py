@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from export.cli import app
-from runtime.guard import guard
+from runtime.exit_codes import guard
 
 
 def main() -> int:

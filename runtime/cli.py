@@ -15,7 +15,7 @@ import typer
 
 from runtime.commands import chat, run
 from runtime.errors import StillgraphError
-from runtime.guard import command_of, guard
+from runtime.exit_codes import command_of, guard
 
 GROUP = "stillgraph.commands"
 HELP = (

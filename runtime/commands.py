@@ -14,7 +14,7 @@ from runtime.conversation import Conversation
 from runtime.engine import MAX_NEW_TOKENS, Engine, Prompt, Step
 from runtime.errors import StillgraphError
 from runtime.loading import load
-from runtime.measure import PeakPss, Times, peak_rss_mb
+from runtime.metrics import PeakPss, Times, peak_rss_mb
 
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to write at most.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runtime.chat import Message
+from runtime.chat_template import Message
 from runtime.engine import Engine, Step
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from runtime.chunks import numbered
+from runtime.chunking import numbered
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty
 

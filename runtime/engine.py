@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from runtime.chat import Message, Template, in_parts, read_template
+from runtime.chat_template import Message, Template, in_parts, read_template
 from runtime.errors import CheckFailed, StillgraphError
-from runtime.graphpair import Graphs
+from runtime.kv_cache import Graphs
 from runtime.manifest import Manifest
 from runtime.sampling import Sampler, Sampling
 from runtime.session import Array
-from runtime.text import Stops, Stream, Text
+from runtime.tokenizer import Stops, Stream, Text
 from runtime.vision import Vision
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from runtime.errors import StillgraphError
 from runtime.image_file import Source, open_image, refuse
 from runtime.pixels import Floats, Size, center_crop, looked_up, resized, to_rgb, value_table
 from runtime.spec import Frozen
-from runtime.text import read_json
+from runtime.tokenizer import read_json
 
 __all__ = ["Preprocessor", "Source", "open_image"]
 

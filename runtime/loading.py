@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from runtime.compiled import Compiled, Found, find, set_options
 from runtime.cpu import available_cores, cpu_name, lacking
+from runtime.dynamic import GrowingGraph
 from runtime.embedding import Embedder
 from runtime.engine import Engine
 from runtime.errors import StillgraphError
-from runtime.graphpair import GraphPair, Graphs
-from runtime.growing import GrowingGraph
+from runtime.kv_cache import GraphPair, Graphs
 from runtime.manifest import GraphEntry, Manifest, check_files, read
-from runtime.pages import mappings, populate, read_in
+from runtime.page_cache import mappings, populate, read_in
 from runtime.session import Session, session_options
-from runtime.text import Text
+from runtime.tokenizer import Text
 from runtime.vision import Vision
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["tests.mock_model"]
+
 # Two processes run the tests on two cores; libraries that are loaded after this keep to one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

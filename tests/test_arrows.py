@@ -16,7 +16,7 @@ PACKAGES = ("export", "patches", "runtime")
 # What of the runtime is open to the export.
 OF_RUNTIME = {
     f"runtime.{name}"
-    for name in ("bench.contender", "compiled", "cpu", "errors", "guard", "manifest", "spec")
+    for name in ("bench.contender", "compiled", "cpu", "errors", "exit_codes", "manifest", "spec")
 }
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
 

@@ -14,7 +14,7 @@ import typer
 
 from runtime import cli, load
 from runtime.errors import CheckFailed, StillgraphError
-from runtime.guard import guard
+from runtime.exit_codes import guard
 
 KEYS = ["prompt_tokens", "tokens", "text", "finish_reason", "load_ms", "ttft_ms", "tpot_ms", "peak_rss_mb"]
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.chat import Template
+from runtime.chat_template import Template
 from runtime.conversation import Conversation
 from runtime.engine import Step
 

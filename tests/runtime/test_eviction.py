@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.engine import Engine
-from runtime.graphpair import GraphPair
+from runtime.kv_cache import GraphPair
 from runtime.manifest import Alias, File, GraphEntry, Manifest, Tokens
 from runtime.spec import (
     GraphShape,

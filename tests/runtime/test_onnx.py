@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime import load
-from runtime.measure import PeakPss, peak_rss_mb, pss_mb, rss_mb
+from runtime.metrics import PeakPss, peak_rss_mb, pss_mb, rss_mb
 
 VOCAB = 261
 

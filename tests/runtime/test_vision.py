@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.chat import Template, in_parts
+from runtime.chat_template import Template, in_parts
 from runtime.embedding import Embedder
 from runtime.errors import StillgraphError
 from runtime.manifest import File, GraphEntry

@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from runtime.engine import Engine
-from runtime.graphpair import GraphPair
+from runtime.kv_cache import GraphPair
 from runtime.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights, WeightTensor
 from runtime.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
 

@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from runtime.errors import StillgraphError
-from runtime.text import read_json
+from runtime.tokenizer import read_json
 
 Message = Mapping[str, Any]
 IMAGE_PART = re.compile(r"""(type['"]?\]?\s*==|equalto['"]\s*,)\s*['"]image['"]""")

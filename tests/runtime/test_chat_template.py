@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from runtime.chat import Template, read_template
+from runtime.chat_template import Template, read_template
 from runtime.errors import StillgraphError
 
 GEMMA = """{{ bos_token }}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from runtime.chunks import calls, fitting, units
+from runtime.chunking import calls, fitting, units
 from runtime.embedding import Embedder
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty, return_memory

@@ -1,7 +1,7 @@
 """A graph of growing lengths under the engine: what is fed, kept, cut off and ended. No export, no torch.
 
-The graph is the mock model of conftest.py as ONNX with symbolic lengths: keys are the ids, and the next token
-is sum((slot + 1) * id) mod V, so that a wrong slot, order or length gives a wrong token.
+The graph is the mock model of mock_model.py as ONNX with symbolic lengths: keys are the ids, and the next
+token is sum((slot + 1) * id) mod V, so that a wrong slot, order or length gives a wrong token.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
 from runtime import load
+from runtime.dynamic import GrowingGraph, common
 from runtime.engine import Engine, Step
 from runtime.errors import StillgraphError
-from runtime.growing import GrowingGraph, common
 from runtime.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights
 from runtime.session import Session
 from runtime.spec import (

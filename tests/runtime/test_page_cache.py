@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from runtime import loading, pages
-from runtime.pages import mappings, populate, read_in
+from runtime import loading, page_cache
+from runtime.page_cache import mappings, populate, read_in
 
 PAGES = 256
 LINUX = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def cached_pages(path: Path) -> int:
 @LINUX
 @pytest.mark.parametrize("extra", [0, 1])
 def test_a_file_is_read_in_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int) -> None:
-    monkeypatch.setattr(pages, "STEP", 1 << 21)
+    monkeypatch.setattr(page_cache, "STEP", 1 << 21)
     path, size = tmp_path / "weights.data", (5 << 20) + extra
     path.write_bytes(bytes(size))
     with path.open("rb") as file:
@@ -66,7 +66,7 @@ def test_huge_pages_are_asked_for_before_the_first_byte(tmp_path: Path, monkeypa
     (tmp_path / "weights.data").write_bytes(bytes(PAGES))
     monkeypatch.setattr(mmap, "mmap", Recorded)
     read_in(tmp_path / "weights.data")
-    assert advice == [mmap.MADV_HUGEPAGE, pages.MADV_POPULATE_READ]
+    assert advice == [mmap.MADV_HUGEPAGE, page_cache.MADV_POPULATE_READ]
 
 
 def test_a_load_reads_the_weights_in(bundle_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 from runtime.errors import StillgraphError
-from runtime.text import Stops, Stream, Text
+from runtime.tokenizer import Stops, Stream, Text
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = [*"abx<\n\u2581\u00e9\U0001f600", "ab", "\u2581a", "\u2581once", "\u2581\u2581"]
