@@ -9,7 +9,7 @@ from runtime.chat_template import Message
 from runtime.engine import Engine, Step
 
 if TYPE_CHECKING:
-    from runtime.image_file import Source
+    from runtime.vision.image_file import Source
 
 
 class Conversation:

@@ -16,10 +16,10 @@ from runtime.manifest import Manifest
 from runtime.sampling import Sampler, Sampling
 from runtime.session import Array
 from runtime.tokenizer import Stops, Stream, Text
-from runtime.vision import Vision
+from runtime.vision.features import Vision
 
 if TYPE_CHECKING:
-    from runtime.image_file import Source
+    from runtime.vision.image_file import Source
 
 FinishReason = Literal["stop", "length", "context"]
 Prompt = str | Sequence[int]

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from runtime.chunking import calls, fitting, units
-from runtime.embedding import Embedder
 from runtime.manifest import GraphEntry
 from runtime.session import Array, Runner, empty, return_memory
 from runtime.spec import LayerSpec, Port
+from runtime.vision.embedder import Embedder
 
 Load = Callable[[GraphEntry], Runner]
 

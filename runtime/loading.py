@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from runtime.compiled import Compiled, Found, find, set_options
 from runtime.cpu import available_cores, cpu_name, lacking
 from runtime.dynamic import GrowingGraph
-from runtime.embedding import Embedder
 from runtime.engine import Engine
 from runtime.errors import StillgraphError
 from runtime.kv_cache import GraphPair, Graphs
@@ -20,10 +19,11 @@ from runtime.manifest import GraphEntry, Manifest, check_files, read
 from runtime.page_cache import mappings, populate, read_in
 from runtime.session import Session, session_options
 from runtime.tokenizer import Text
-from runtime.vision import Vision
+from runtime.vision.embedder import Embedder
+from runtime.vision.features import Vision
 
 if TYPE_CHECKING:
-    from runtime.image import Preprocessor
+    from runtime.vision.preprocessor import Preprocessor
 
 Load = Callable[[GraphEntry], Session]
 log = logging.getLogger("stillgraph")
@@ -87,7 +87,7 @@ def _vision(folder: Path, manifest: Manifest, open_graph: Load, one_at_a_time: b
 
     def preprocessor() -> Preprocessor:
         try:
-            from runtime.image import Preprocessor
+            from runtime.vision.preprocessor import Preprocessor
         except ImportError as error:
             problem = f"images need Pillow ({error})"
             raise StillgraphError("read image", problem, "pip install 'stillgraph[vision]'") from error

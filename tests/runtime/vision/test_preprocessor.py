@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime import image_file
 from runtime.errors import StillgraphError
-from runtime.image import Preprocessor, open_image
+from runtime.vision import image_file
+from runtime.vision.preprocessor import Preprocessor, open_image
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 FORMATS = ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF"]

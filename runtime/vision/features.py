@@ -18,7 +18,7 @@ from runtime.session import Array, Runner, empty, return_memory
 from runtime.spec import VisionSpec
 
 if TYPE_CHECKING:
-    from runtime.image import Preprocessor, Source
+    from runtime.vision.preprocessor import Preprocessor, Source
 
 Load = Callable[[GraphEntry], Runner]
 STAGE = "read prompt"

@@ -14,10 +14,10 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from runtime.errors import StillgraphError
-from runtime.image_file import Source, open_image, refuse
-from runtime.pixels import Floats, Size, center_crop, looked_up, resized, to_rgb, value_table
 from runtime.spec import Frozen
 from runtime.tokenizer import read_json
+from runtime.vision.image_file import Source, open_image, refuse
+from runtime.vision.pixels import Floats, Size, center_crop, looked_up, resized, to_rgb, value_table
 
 __all__ = ["Preprocessor", "Source", "open_image"]
 
