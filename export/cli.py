@@ -22,7 +22,7 @@ from export.config import (
     request,
     with_one_slack,
 )
-from export.output import Output
+from export.console import Output
 from runtime.manifest import Manifest
 
 if TYPE_CHECKING:

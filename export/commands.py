@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from export.output import Output
+from export.console import Output
 from runtime.errors import CheckFailed, StillgraphError
 
 if TYPE_CHECKING:

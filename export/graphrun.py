@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from export import picture
-from export.session import open_graph, run
+from export.ort import open_graph, run
 from runtime.manifest import GraphEntry, Manifest
 from runtime.spec import marks_pictures, past_names, present_names
 

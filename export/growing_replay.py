@@ -12,9 +12,9 @@ import numpy as np
 from export.cases import STEPS, Plan, limit
 from export.compare import Comparison, cache_error, compare
 from export.config import Say
+from export.ort import DTYPES, open_graph
 from export.parity import CaseResult
 from export.reference import Reference
-from export.session import DTYPES, open_graph
 from runtime.manifest import GraphEntry, Manifest
 from runtime.spec import PAST
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.session import open_graph
+from export.ort import open_graph
 from runtime.manifest import Manifest
 from runtime.spec import VisionSpec
 

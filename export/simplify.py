@@ -17,7 +17,7 @@ import onnxscript.optimizer
 import onnxsim
 from onnx_ir.passes import common
 
-from export.session import open_graph, run
+from export.ort import open_graph, run
 from runtime.errors import CheckFailed
 from runtime.manifest import Alias
 from runtime.spec import NEW, PAST, Frozen

@@ -21,7 +21,7 @@ import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, DynamicCache
 
-from export.session import run
+from export.ort import run
 from runtime import Step
 from runtime.manifest import GraphEntry, read
 
