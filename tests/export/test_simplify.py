@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from export import weights
-from export.convert import OPSET
 from export.recipe import SUBGRAPH_BYTES
 from export.simplify import FORBIDDEN, check, same_outputs, simplify, static_problem
+from export.trace.tracing import OPSET
 from runtime.errors import CheckFailed
 from runtime.manifest import read
 

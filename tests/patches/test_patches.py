@@ -291,13 +291,13 @@ def test_convert_leaves_torch_and_transformers_as_they_were(
     precision: Any,
     fails: bool,
 ) -> None:
-    from export import convert
     from export.checkpoint import open_checkpoint
+    from export.trace import tracing
     from runtime.spec import GraphShape
 
     def exporter(module: nn.Module, arguments: tuple[Tensor, ...], **_: Any) -> Any:
         """In place of the trace: one call of the module, with every patch in force."""
-        assert convert.ATTENTION in ALL_ATTENTION_FUNCTIONS
+        assert tracing.ATTENTION in ALL_ATTENTION_FUNCTIONS
         assert Gemma3RMSNorm.forward is not before[0]
         module(*arguments)
         raise ZeroDivisionError
@@ -310,9 +310,9 @@ def test_convert_leaves_torch_and_transformers_as_they_were(
     if fails:
         monkeypatch.setattr(torch.onnx, "export", exporter)
         with pytest.raises(ZeroDivisionError):
-            convert.convert(checkpoint, shape, target, precision)
+            tracing.convert(checkpoint, shape, target, precision)
     else:
-        convert.convert(checkpoint, shape, target, precision)
+        tracing.convert(checkpoint, shape, target, precision)
     assert before == [getattr(*place) for place in places]
     assert dict(ALL_ATTENTION_FUNCTIONS) == attention
     assert torch.get_default_dtype() == dtype

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from export import picture_cache
 from export.checkpoint import open_checkpoint
-from export.graphs import masks
+from export.trace import image_cache
+from export.trace.graphs import masks
 from export.validate import validate
 from runtime import Step, load
 from runtime.manifest import read
@@ -94,7 +94,7 @@ def test_the_proof_fails_where_pictures_look_back_alone(
     def blind(pictures: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         return torch.zeros(1, pictures.shape[1], source.shape[1], dtype=torch.bool)
 
-    monkeypatch.setattr(picture_cache, "same_picture", blind)
+    monkeypatch.setattr(image_cache, "same_picture", blind)
     monkeypatch.setitem(masks.__globals__, "same_picture", blind)
     config = request(
         model=str(tiny_checkpoint(**SIGLIP)), target=target, precision="fp32", batch=1, out=tmp_path / "own"

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.attention import additive_mask
-from export.cache import StaticCache, same_picture, visible
 from export.families import Family
-from export.fused_cache import FusedCache
-from export.growing_cache import GrowingCache
-from export.picture_cache import PictureCache
+from export.trace.attention import additive_mask
+from export.trace.dynamic_cache import GrowingCache
+from export.trace.fused_cache import FusedCache
+from export.trace.image_cache import PictureCache
+from export.trace.static_cache import StaticCache, same_picture, visible
 from runtime.spec import GraphShape, ModelSpec, marks_pictures
 
 

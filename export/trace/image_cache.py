@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.attention import additive_mask, portable_attention
-from export.cache import same_picture, visible
-from export.fused_cache import FusedCache
+from export.trace.attention import additive_mask, portable_attention
+from export.trace.fused_cache import FusedCache
+from export.trace.static_cache import same_picture, visible
 from runtime.spec import LayerSpec
 
 NOWHERE = 2**30  # the position of a slot that holds nothing: behind every query

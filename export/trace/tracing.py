@@ -12,10 +12,10 @@ import onnx_ir as ir
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from export.attention import portable_attention
 from export.checkpoint import Checkpoint, parameter_names
-from export.graphs import GRAPHS
 from export.node_names import name_by_module
+from export.trace.attention import portable_attention
+from export.trace.graphs import GRAPHS
 from patches import fused_mlp
 from patches.half_weights import HALF_LINEAR
 from patches.patch import Patch, applied

@@ -1,0 +1,1 @@
+"""From a checkpoint's model to an ONNX graph: the modules that are traced, their caches, the trace."""
