@@ -22,10 +22,10 @@ from export.config import (
     with_int8_prefill,
     with_pictures,
 )
+from export.ir.fold_weights import Weight, take_out, take_out_constants
+from export.ir.node_names import name_the_rest
+from export.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
 from export.lowering import Plan, lower
-from export.node_names import name_the_rest
-from export.recipe import Weight, take_out, take_out_constants
-from export.simplify import SimplifyReport, as_report, check, same_outputs, simplify
 from export.staging import staged
 from export.trace.tracing import convert
 from runtime.errors import StillgraphError

@@ -15,8 +15,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from export.ir.fold_weights import Recipe, Step, Tensors
 from export.quantize import Format, Quantised, quantise
-from export.recipe import Recipe, Step, Tensors
 
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 

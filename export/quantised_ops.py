@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export import parts
-from export.node_names import name_after
+from export.ir.node_names import name_after
 from export.parts import Matrix, Part
 
 MICROSOFT = "com.microsoft"

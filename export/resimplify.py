@@ -11,7 +11,7 @@ import onnx_ir as ir
 from export import weights
 from export.bundle import SIMPLIFY_REPORT, carry_over, describe
 from export.config import Say
-from export.simplify import SimplifyReport, as_report, same_outputs, simplify
+from export.ir.simplify import SimplifyReport, as_report, same_outputs, simplify
 from export.staging import staged
 from runtime.errors import StillgraphError
 from runtime.manifest import MANIFEST, File, GraphEntry, Manifest, check_files, read

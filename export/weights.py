@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export.recipe import Tensors, Weight
+from export.ir.fold_weights import Tensors, Weight
 from runtime.manifest import File, Weights, WeightTensor
 
 WEIGHTS_FILE = "weights.data"

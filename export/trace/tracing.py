@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from export.checkpoint import Checkpoint, parameter_names
-from export.node_names import name_by_module
+from export.ir.node_names import name_by_module
 from export.trace.attention import portable_attention
 from export.trace.graphs import GRAPHS
 from patches import fused_mlp

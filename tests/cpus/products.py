@@ -19,10 +19,10 @@ import torch
 
 from export import parts, weights
 from export import quantised_ops as ops
+from export.ir.fold_weights import Recipe
 from export.lowering import IR_VERSION, Plan
 from export.parts import Matrix
 from export.quantize import Format, Quantised, _without_large_pairs
-from export.recipe import Recipe
 from runtime.manifest import Precision, Quantisation, Target
 
 LARGEST = 127  # of an activation: its scale is 1

@@ -16,10 +16,10 @@ import torch
 from onnx import TensorProto, helper
 
 from export import parts, weights
+from export.ir.fold_weights import Weight, take_out
+from export.ir.simplify import static_problem
 from export.lowering import Plan, lower
 from export.quantize import Format, quantise
-from export.recipe import Weight, take_out
-from export.simplify import static_problem
 from runtime.manifest import Precision, Quantisation, Target, Weights
 
 pytestmark = pytest.mark.kernels

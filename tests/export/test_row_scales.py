@@ -16,9 +16,9 @@ import torch
 from onnx import TensorProto, helper
 
 from export import weights
+from export.ir.fold_weights import Weight, take_out
 from export.lowering import Plan, lower
 from export.quantize import Format, quantise
-from export.recipe import Weight, take_out
 from runtime.manifest import Quantisation
 
 pytestmark = pytest.mark.kernels

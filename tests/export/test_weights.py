@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper
 
 from export import weights
-from export.recipe import Recipe, Step, Tensors, take_out
+from export.ir.fold_weights import Recipe, Step, Tensors, take_out
 from export.weights import ALIGNMENT
 
 SOURCE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -21,8 +21,8 @@ from export.bundle import export
 from export.compile import compile_bundle
 from export.config import ExportConfig, dynamic_shape, request
 from export.inspection import inspect, tables
+from export.ir.simplify import FORBIDDEN, static_problem
 from export.resimplify import resimplify
-from export.simplify import FORBIDDEN, static_problem
 from export.trace.graphs import masks
 from export.validate import validate
 from runtime import load

@@ -11,8 +11,8 @@ from typing import Any
 import onnx
 import pytest
 
+from export.ir.simplify import static_problem
 from export.lowering import Plan
-from export.simplify import static_problem
 from export.validate import validate
 from runtime.manifest import Quantisation, read
 from runtime.spec import GraphShape

@@ -14,8 +14,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from export import weights
-from export.recipe import SUBGRAPH_BYTES
-from export.simplify import FORBIDDEN, check, same_outputs, simplify, static_problem
+from export.ir.fold_weights import SUBGRAPH_BYTES
+from export.ir.simplify import FORBIDDEN, check, same_outputs, simplify, static_problem
 from export.trace.tracing import OPSET
 from runtime.errors import CheckFailed
 from runtime.manifest import read
