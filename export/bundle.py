@@ -25,7 +25,7 @@ from export.config import (
 from export.ir.fold_weights import Weight, take_out, take_out_constants
 from export.ir.node_names import name_the_rest
 from export.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
-from export.lowering import Plan, lower
+from export.quantize.lower import Plan, lower
 from export.staging import staged
 from export.trace.tracing import convert
 from runtime.errors import StillgraphError

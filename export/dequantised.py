@@ -8,8 +8,8 @@ from itertools import product
 
 import torch
 
-from export.lowering import Plan
-from export.quantize import Format, quantise
+from export.quantize.lower import Plan
+from export.quantize.rounding import Format, quantise
 from runtime.errors import CheckFailed
 from runtime.manifest import Manifest
 

@@ -18,11 +18,11 @@ import onnxruntime as ort
 import torch
 from rich.table import Table
 
-from export import quantised_ops as ops
 from export.ir.fold_weights import Recipe
-from export.lowering import BITS, IR_VERSION
-from export.parts import Matrix, Part
-from export.quantize import Format, Quantised, quantise
+from export.quantize import nodes as ops
+from export.quantize.layouts import Matrix, Part
+from export.quantize.lower import BITS, IR_VERSION
+from export.quantize.rounding import Format, Quantised, quantise
 from runtime.compiled import Form, Products, ProductTime
 from runtime.cpu import EXACT_SUMS
 from runtime.manifest import GraphEntry, Manifest

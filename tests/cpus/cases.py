@@ -16,7 +16,7 @@ import torch
 
 from export.bundle import export
 from export.config import decode_shape, prefill_shape, request, with_one_slack
-from export.quantize import Format, quantise
+from export.quantize.rounding import Format, quantise
 from export.stories import held_out
 from runtime import load
 from runtime.manifest import Precision

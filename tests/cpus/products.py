@@ -17,12 +17,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export import parts, weights
-from export import quantised_ops as ops
+from export import weights
 from export.ir.fold_weights import Recipe
-from export.lowering import IR_VERSION, Plan
-from export.parts import Matrix
-from export.quantize import Format, Quantised, _without_large_pairs
+from export.quantize import layouts
+from export.quantize import nodes as ops
+from export.quantize.layouts import Matrix
+from export.quantize.lower import IR_VERSION, Plan
+from export.quantize.rounding import Format, Quantised, _without_large_pairs
 from runtime.manifest import Precision, Quantisation, Target
 
 LARGEST = 127  # of an activation: its scale is 1
@@ -127,7 +128,7 @@ def _write_graph(case: Case, quantised: Quantised, folder: Path) -> None:
     builder.put_in_place_of(placeholder, OPS[case.op](builder, x, matrix))
     model = ir.Model(graph, ir_version=IR_VERSION)
     (folder / weights.WEIGHTS_FILE).unlink(missing_ok=True)
-    with mock.patch.object(parts, "quantise", return_value=quantised):
+    with mock.patch.object(layouts, "quantise", return_value=quantised):
         stored = weights.write(
             folder, list(builder.parts.values()), lambda name: torch.zeros(case.entries, case.columns)
         )

@@ -45,7 +45,7 @@ def test_the_native_class_is_read_from_cpuinfo() -> None:
 
 def test_files_with_marked_tests_are_found() -> None:
     names = {Path(name).name for name in emulated.marked()}
-    assert {"test_products.py", "test_lowering.py", "test_row_scales.py", "test_lane.py"} <= names
+    assert {"test_products.py", "test_lower.py", "test_row_scales.py", "test_lane.py"} <= names
 
 
 def test_no_emulator_is_one_line_and_a_row(

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from export.ir.simplify import static_problem
-from export.lowering import Plan
+from export.quantize.lower import Plan
 from export.validate import validate
 from runtime.manifest import Quantisation, read
 from runtime.spec import GraphShape

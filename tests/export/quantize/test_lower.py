@@ -15,11 +15,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export import parts, weights
+from export import weights
 from export.ir.fold_weights import Weight, take_out
 from export.ir.simplify import static_problem
-from export.lowering import Plan, lower
-from export.quantize import Format, quantise
+from export.quantize import layouts
+from export.quantize.lower import Plan, lower
+from export.quantize.rounding import Format, quantise
 from runtime.manifest import Precision, Quantisation, Target, Weights
 
 pytestmark = pytest.mark.kernels
@@ -197,7 +198,7 @@ def test_a_matrix_is_quantised_once_for_all_its_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(parts, "quantise", lambda matrix, form: seen.append(form) or quantise(matrix, form))
+    monkeypatch.setattr(layouts, "quantise", lambda matrix, form: seen.append(form) or quantise(matrix, form))
     lowered(Case(), plan("onnxruntime", "int4", symmetric=False), tmp_path)
     assert seen == [Format(4, 32, symmetric=False)] * 2
 

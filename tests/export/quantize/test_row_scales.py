@@ -17,8 +17,8 @@ from onnx import TensorProto, helper
 
 from export import weights
 from export.ir.fold_weights import Weight, take_out
-from export.lowering import Plan, lower
-from export.quantize import Format, quantise
+from export.quantize.lower import Plan, lower
+from export.quantize.rounding import Format, quantise
 from runtime.manifest import Quantisation
 
 pytestmark = pytest.mark.kernels

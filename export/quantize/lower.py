@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from export import quantised_ops as ops
 from export.ir.fold_weights import Recipe, Weight
-from export.parts import Matrix, matrix_of
-from export.quantize import Bits, Format
+from export.quantize import nodes as ops
+from export.quantize.layouts import Matrix, matrix_of
+from export.quantize.rounding import Bits, Format
 from runtime.manifest import Precision, Quantisation, Target
 from runtime.spec import GraphShape
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from export.ir.fold_weights import Recipe, Step, Tensors
-from export.quantize import Format, Quantised, quantise
+from export.quantize.rounding import Format, Quantised, quantise
 
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from export import parts
 from export.ir.node_names import name_after
-from export.parts import Matrix, Part
+from export.quantize import layouts
+from export.quantize.layouts import Matrix, Part
 
 MICROSOFT = "com.microsoft"
 ACCURACY = 4  # MatMulNBits: activations in int8, one scale for each block of them
@@ -91,7 +91,7 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
 
 def blocked_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
     """x @ W.T by MatMulNBits."""
-    weights = [to.weight(part(matrix)) for part in (parts.packed, parts.scales, parts.zeros)]
+    weights = [to.weight(part(matrix)) for part in (layouts.packed, layouts.scales, layouts.zeros)]
     return to.op(
         "MatMulNBits",
         [x, *weights],
@@ -107,7 +107,9 @@ def blocked_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
 
 def gather_table(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
     """Rows [.., K] of W by GatherBlockQuantized, out of the bytes that `blocked_product` reads."""
-    table, scales, zeros = (to.weight(part(matrix)) for part in (parts.table, parts.scales, parts.zeros))
+    table, scales, zeros = (
+        to.weight(part(matrix)) for part in (layouts.table, layouts.scales, layouts.zeros)
+    )
     whole = matrix.blocks * matrix.form.block
     rows = to.op(
         "GatherBlockQuantized",
@@ -135,7 +137,7 @@ def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
     if x not in to.quantised_rows:
         to.quantised_rows[x] = _quantised_rows(to, x)
     codes, scale = to.quantised_rows[x]
-    weights, scales = to.weight(parts.channels(matrix)), to.weight(parts.channel_scales(matrix))
+    weights, scales = to.weight(layouts.channels(matrix)), to.weight(layouts.channel_scales(matrix))
     one, middle = to.constant(np.array(1, np.float32)), to.constant(np.array(128, np.uint8))
     inputs, shape = [codes, weights, one, scales, middle], (*shape_of(x)[:-1], matrix.rows)
     product = to.op("MatMulIntegerToFloat", inputs, shape, domain=MICROSOFT)
@@ -202,18 +204,18 @@ def gather_columns(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
 
 def _dequantised(to: Builder, matrix: Matrix) -> ir.Value:
     """W.T [K, N]."""
-    weights = [to.weight(p(matrix)) for p in (parts.columns, parts.column_scales, parts.column_zeros)]
+    weights = [to.weight(p(matrix)) for p in (layouts.columns, layouts.column_scales, layouts.column_zeros)]
     shape = matrix.columns, matrix.rows
     return to.op("DequantizeLinear", weights, shape, axis=0, block_size=matrix.form.block)
 
 
 def _gathered_columns(to: Builder, ids: ir.Value, matrix: Matrix, count: int) -> ir.Value:
     """Columns [K, count] of W.T."""
-    codes = _gathered_codes(to, ids, parts.columns(matrix), count)
-    scales = to.weight(parts.gathered(parts.column_scales(matrix)))
+    codes = _gathered_codes(to, ids, layouts.columns(matrix), count)
+    scales = to.weight(layouts.gathered(layouts.column_scales(matrix)))
     scale = to.op("Gather", [scales, ids], (matrix.blocks, count), axis=1)
     inputs = [codes, scale]
-    if (stored := parts.column_zeros(matrix)) is not None:
+    if (stored := layouts.column_zeros(matrix)) is not None:
         inputs.append(_gathered_codes(to, ids, stored, count))
     elif matrix.form.bits == 4:  # what was signed was made unsigned
         inputs.append(to.constant(np.full((matrix.blocks, count), matrix.form.middle, np.uint8)))
@@ -222,7 +224,7 @@ def _gathered_columns(to: Builder, ids: ir.Value, matrix: Matrix, count: int) ->
 
 def _gathered_codes(to: Builder, ids: ir.Value, part: Part, count: int) -> ir.Value:
     """Columns [.., count] of a part [.., N]; of four bits as uint8, those of INT4 plus 8."""
-    shape, uint8, stored = (part.shape[0], count), ir.DataType.UINT8, to.weight(parts.gathered(part))
+    shape, uint8, stored = (part.shape[0], count), ir.DataType.UINT8, to.weight(layouts.gathered(part))
     if part.dtype.bitwidth == 8:
         return to.op("Gather", [stored, ids], shape, part.dtype, axis=1)
     half = to.constant(np.array(HALVES))

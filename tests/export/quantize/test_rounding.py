@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from export import quantize
-from export.quantize import Format, Quantised, quantise
+from export.quantize import rounding
+from export.quantize.rounding import Format, Quantised, quantise
 from runtime.errors import StillgraphError
 
 NORMAL = torch.randn(48, 640, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_neither_chunks_nor_dtypes_nor_strides_change_a_number(
 ) -> None:
     matrix = NORMAL[:, :200].bfloat16()
     whole = quantise(matrix, form)
-    monkeypatch.setattr(quantize, "CHUNK", 700)  # three rows, and one of them padded to another length
+    monkeypatch.setattr(rounding, "CHUNK", 700)  # three rows, and one of them padded to another length
     for other in (matrix, matrix.float(), matrix.t().contiguous().t()):
         same(quantise(other, form), whole)
 

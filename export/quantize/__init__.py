@@ -1,0 +1,1 @@
+"""Weights of few bits: rounded, packed, and put into a graph."""
