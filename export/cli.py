@@ -203,7 +203,7 @@ def bundle(
     shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.bundle import export
+        from export.bundle.build import export
         from export.validate import validate as prove
 
         manifest = export(config, shapes, replace=True, say=say, vision=None)
@@ -218,7 +218,7 @@ def bundle(
 
 def _add(config: ExportConfig, shapes: list[GraphShape], output: Output, vision: bool = False) -> None:
     with output.progress() as say:
-        from export.bundle import export
+        from export.bundle.build import export
 
         manifest = export(config, shapes, replace=False, say=say, vision=vision)
     output.result(_exported(config.place, manifest), _files(config.place, manifest))

@@ -27,7 +27,7 @@ def simplify(bundle: Bundle, quiet: Quiet = False, as_json: AsJson = False) -> N
     """Simplify a bundle's graphs again, in place, with the steps of this version."""
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.resimplify import resimplify
+        from export.bundle.resimplify import resimplify
 
         changes = resimplify(bundle, say)
     title = f"simplified {escape(str(bundle))}"
@@ -90,8 +90,8 @@ def validate(
 
 def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
     """Show what is in a bundle: files, ops, memory, valid ranges, the last validation."""
-    from export.inspection import inspect as look
-    from export.inspection import tables
+    from export.bundle.inspection import inspect as look
+    from export.bundle.inspection import tables
 
     inspection = look(bundle)
     Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))

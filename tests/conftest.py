@@ -176,7 +176,7 @@ def tiny_bundle(
         fast_prefill: bool = False,
         **config: Any,
     ) -> Path:
-        from export.bundle import export
+        from export.bundle.build import export
         from export.config import request
         from runtime.spec import GraphShape
 

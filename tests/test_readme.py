@@ -52,7 +52,7 @@ def test_files_of_the_tree_exist() -> None:
 
 
 def test_the_python_example_writes_text(tmp_path: Path) -> None:
-    from export.bundle import export
+    from export.bundle.build import export
     from export.config import decode_shape, prefill_shape, request
 
     config = request(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.bundle import export
+from export.bundle.build import export
 from export.config import decode_shape, prefill_shape, request, with_one_slack
 from export.quantize.rounding import Format, quantise
 from export.stories import held_out

@@ -160,7 +160,7 @@ def test_inspect_tells_what_is_in_a_bundle(tiny_bundle, capsys) -> None:
 
 
 def test_the_largest_activation_is_no_weight_input_or_output() -> None:
-    from export.inspection import largest_activation
+    from export.bundle.inspection import largest_activation
 
     def value(name: str, *shape: int) -> onnx.ValueInfoProto:
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, shape)
@@ -227,7 +227,7 @@ def test_simplify_leaves_a_bundle_that_is_simple_as_it_was(own_bundle, capsys) -
 
 
 def test_simplify_that_would_change_numbers_leaves_the_bundle(own_bundle, monkeypatch, capsys) -> None:
-    import export.resimplify
+    import export.bundle.resimplify
     from runtime.errors import CheckFailed
 
     def differ(before: Path, after: Path, aliases: object) -> float:
@@ -235,7 +235,7 @@ def test_simplify_that_would_change_numbers_leaves_the_bundle(own_bundle, monkey
 
     with_an_identity(own_bundle)
     before = {path: path.read_bytes() for path in own_bundle.rglob("*.*")}
-    monkeypatch.setattr(export.resimplify, "same_outputs", differ)
+    monkeypatch.setattr(export.bundle.resimplify, "same_outputs", differ)
     assert cli.main(["simplify", str(own_bundle), "--quiet"]) == 1
     assert "differs; report this" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in own_bundle.rglob("*.*")} == before

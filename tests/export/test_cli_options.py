@@ -90,7 +90,7 @@ def test_options_of_quantisation_reach_the_export(tmp_path, monkeypatch, capsys)
         asked.append((config, [shape.slack for shape in shapes]))
         raise ZeroDivisionError
 
-    monkeypatch.setattr("export.bundle.export", fake)
+    monkeypatch.setattr("export.bundle.build.export", fake)
     options = [
         "--precision",
         "int4",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from export.bundle import export
+from export.bundle.build import export
 from export.checkpoint import open_checkpoint
 from export.config import (
     ExportConfig,
@@ -120,7 +120,7 @@ def test_heads_that_the_op_does_not_take(
     head_dim: int,
 ) -> None:
     """Before any work; the portable target takes them, and both take multiples of 8."""
-    monkeypatch.setattr("export.bundle.convert", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("export.bundle.build.convert", lambda *_: pytest.fail("work was done"))
     model = tiny_checkpoint(head_dim=head_dim)
     config = ExportConfig(model=str(model), out=tmp_path / "new", target="onnxruntime")
     with refused("export", f"head size of {head_dim}", "GroupQueryAttention", "--target portable"):
@@ -230,7 +230,7 @@ def test_an_export_refuses_before_it_traces(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("export.bundle.convert", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("export.bundle.build.convert", lambda *_: pytest.fail("work was done"))
     bundle, model = tiny_bundle(), str(tiny_checkpoint())
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     new = ExportConfig(model=model, out=tmp_path / "new")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-from export.bundle import export
+from export.bundle.build import export
 from export.checkpoint import SHIPPED
 from export.config import decode_shape, prefill_shape, request
 from export.scenes import scenes

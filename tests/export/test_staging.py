@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from export import bundle, staging
+from export import staging
+from export.bundle import build
 from export.config import ExportConfig
 from export.staging import staged, staged_file
 from runtime.manifest import MANIFEST, check_files, read
@@ -165,7 +166,7 @@ def test_a_file_is_written_in_one_step(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def export(model: Path, out: Path) -> None:
-    bundle.export(ExportConfig(model=str(model), out=out), [DECODE], replace=True, say=lambda line: None)
+    build.export(ExportConfig(model=str(model), out=out), [DECODE], replace=True, say=lambda line: None)
 
 
 class Usage(NamedTuple):
@@ -192,7 +193,7 @@ def test_the_disk_fills_up_while_weights_are_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = contents(own.parent)
-    monkeypatch.setattr(bundle.weights, "write", full)
+    monkeypatch.setattr(build.weights, "write", full)
     with refused("write bundle", f"{own}: No space left on device", "free space"):
         export(tiny_checkpoint(), own)
     assert contents(own.parent) == before
@@ -200,7 +201,7 @@ def test_the_disk_fills_up_while_weights_are_written(
 
 CHILD = """
 import pathlib, signal, sys, time
-from export.bundle import export
+from export.bundle.build import export
 from export.config import ExportConfig
 from runtime.spec import GraphShape
 

@@ -88,7 +88,7 @@ def test_two_rows_with_pictures_in_other_places(tiny_bundle: Bundle, drawn: Any,
 def test_the_proof_fails_where_pictures_look_back_alone(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    from export.bundle import export
+    from export.bundle.build import export
     from export.config import decode_shape, prefill_shape, request
 
     def blind(pictures: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

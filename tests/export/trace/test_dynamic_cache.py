@@ -17,12 +17,12 @@ from transformers import DynamicCache, Gemma3ForCausalLM
 from typer.testing import CliRunner
 
 from export import cli
-from export.bundle import export
+from export.bundle.build import export
+from export.bundle.inspection import inspect, tables
+from export.bundle.resimplify import resimplify
 from export.compile import compile_bundle
 from export.config import ExportConfig, dynamic_shape, request
-from export.inspection import inspect, tables
 from export.ir.simplify import FORBIDDEN, static_problem
-from export.resimplify import resimplify
 from export.trace.graphs import masks
 from export.validate import validate
 from runtime import load

@@ -223,7 +223,7 @@ def test_an_image_for_a_model_of_text_alone(tiny_bundle: Bundle, refused: Any, d
 def test_a_bundle_without_a_vision_graph(
     tiny_checkpoint: Any, tmp_path: Path, refused: Any, drawn: Any
 ) -> None:
-    from export.bundle import export
+    from export.bundle.build import export
     from export.config import request
     from runtime.spec import GraphShape
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from export import bundle as under_test
-from export.bundle import export
+from export.bundle import build as under_test
+from export.bundle.build import export
 from export.config import ExportConfig
 from runtime.manifest import Manifest, check_files, read
 from runtime.spec import GraphShape

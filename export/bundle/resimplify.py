@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from export import weights
-from export.bundle import SIMPLIFY_REPORT, carry_over, describe
+from export.bundle.build import SIMPLIFY_REPORT, carry_over, describe
 from export.config import Say
 from export.ir.simplify import SimplifyReport, as_report, same_outputs, simplify
 from export.staging import staged

@@ -1,0 +1,1 @@
+"""Make a bundle, simplify it again, look into it."""
