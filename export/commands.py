@@ -51,8 +51,8 @@ def compile_(
     """Optimise a bundle's graphs and pack its weights for this machine, once instead of at every load."""
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.compile import compile_bundle
-        from export.kernel_choice import product_table
+        from export.compile.compile import compile_bundle
+        from export.compile.kernel_choice import product_table
 
         compiled = compile_bundle(bundle, say, pack_fp32)
     table = Table("file", "bytes", title=f"compiled {escape(str(bundle))} for {compiled.cpu}")

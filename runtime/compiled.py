@@ -22,7 +22,7 @@ from runtime.spec import Frozen
 COMPILED = "compiled"
 DESCRIPTION = "compiled.json"
 FORMAT_VERSION: Literal[2] = 2
-Form = Literal["fp32", "blocks", "channels"]  # of a product: see export/kernel_choice.py
+Form = Literal["fp32", "blocks", "channels"]  # of a product: see export/compile/kernel_choice.py
 AGAIN = "run 'stillgraph compile' to make it again"
 
 

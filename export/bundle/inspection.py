@@ -13,7 +13,7 @@ import onnx
 from rich.markup import escape
 from rich.table import Table
 
-from export.kernel_choice import product_table
+from export.compile.kernel_choice import product_table
 from runtime.compiled import Found, Products, find
 from runtime.errors import StillgraphError
 from runtime.manifest import GraphEntry, Manifest, Quantisation, Validation, check_files, read

@@ -16,10 +16,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from export import compile as compiling
-from export.compile import compile_bundle
-from export.packed import PackedFile, external
-from export.rehearsal import compare
+from export.compile import compile as compiling
+from export.compile.check import compare
+from export.compile.compile import compile_bundle
+from export.compile.prepacked import PackedFile, external
 from runtime.compiled import COMPILED, DESCRIPTION, Compiled, find, set_options
 from runtime.cpu import cpu_name
 from runtime.errors import CheckFailed

@@ -13,8 +13,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export import kernel_choice
-from export.compile import compile_bundle
+from export.compile import kernel_choice
+from export.compile.compile import compile_bundle
 from runtime import load, loading, session
 from runtime.compiled import Form, Products, ProductTime, find
 from runtime.manifest import Manifest, Quantisation, read

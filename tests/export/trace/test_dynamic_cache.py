@@ -20,7 +20,7 @@ from export import cli
 from export.bundle.build import export
 from export.bundle.inspection import inspect, tables
 from export.bundle.resimplify import resimplify
-from export.compile import compile_bundle
+from export.compile.compile import compile_bundle
 from export.config import ExportConfig, dynamic_shape, request
 from export.ir.simplify import FORBIDDEN, static_problem
 from export.trace.graphs import masks

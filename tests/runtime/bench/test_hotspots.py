@@ -68,7 +68,7 @@ def test_every_part_and_op_has_its_time(tiny_bundle: Bundle, name: str) -> None:
 
 
 def test_a_compiled_bundle_has_the_same_parts(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    from export.compile import compile_bundle
+    from export.compile.compile import compile_bundle
 
     bundle = Path(shutil.copytree(tiny_bundle(**BUNDLES["onnxruntime int4"]), tmp_path / "bundle"))
     plain = profiles(bundle, IDS, 3, 1)

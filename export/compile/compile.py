@@ -19,9 +19,9 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
-from export import kernel_choice
-from export.packed import PackedFile, Place, external, locate, pack_largest_first, take_in
-from export.rehearsal import compare
+from export.compile import kernel_choice
+from export.compile.check import compare
+from export.compile.prepacked import PackedFile, Place, external, locate, pack_largest_first, take_in
 from export.staging import staged_file
 from runtime.compiled import (
     COMPILED,

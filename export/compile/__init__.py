@@ -1,0 +1,1 @@
+"""Optimize a bundle's graphs and pack its weights for one machine."""
