@@ -18,7 +18,7 @@ demo: $(VENV)/.export  ## Export the demo bundles, validate them, write text fro
 	$(BIN)/stillgraph export bundle --out $(DEMO)
 	$(BIN)/stillgraph run $(DEMO) --prompt "Once upon a time"
 	$(BIN)/stillgraph export bundle -m demo-vision --out $(SEEING)
-	$(BIN)/python -m export.scenes $(SEEING)/scene.png
+	$(BIN)/python -m export.demo.scenes $(SEEING)/scene.png
 	$(BIN)/stillgraph run $(SEEING) --image $(SEEING)/scene.png --chat --prompt "How many shapes are there?"
 
 test: $(VENV)/.dev  ## Run the tests

@@ -11,8 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from export import picture
+from export.demo.stories import held_out
 from export.parity import TextKind
-from export.stories import held_out
 from runtime.errors import StillgraphError
 from runtime.manifest import Manifest
 

@@ -21,8 +21,8 @@ from runtime.errors import StillgraphError
 from runtime.spec import ModelSpec
 
 STAGE = "read checkpoint"
-DEMO = Path(__file__).parent / "demo_checkpoint"
-SHIPPED = {"demo": DEMO, "demo-vision": Path(__file__).parent / "demo_vision_checkpoint"}
+DEMO = Path(__file__).parent / "demo" / "demo_checkpoint"
+SHIPPED = {"demo": DEMO, "demo-vision": Path(__file__).parent / "demo" / "demo_vision_checkpoint"}
 HEAD = "lm_head.weight"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from export.cases import limit, max_len
 from export.compare import Divergence, diverge
+from export.demo.stories import held_out
 from export.graphrun import Cache, GraphRun
 from export.reference import Reference
-from export.stories import held_out
 from runtime.manifest import Manifest, Precision, Quality
 
 # What a precision may cost: mean KL divergence in nats, and perplexity over the checkpoint's. The demo loses
@@ -79,7 +79,7 @@ def walked(manifest: Manifest, end: int) -> set[int]:
 
 def recall(bundle: Path, manifest: Manifest, model: PreTrainedModel) -> tuple[float, float]:
     """Share of the demo's held-out questions that the bundle and the checkpoint answer word for word."""
-    from export.demo import Recall, right
+    from export.demo.train_text import Recall, right
 
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     far, room = max(manifest.model.windows, default=0), limit(manifest)

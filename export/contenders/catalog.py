@@ -17,7 +17,7 @@ from runtime.bench.contender import Contender, Making, Source
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
 EXTRA = "not installed: pip install 'stillgraph[export]'"
-DEMO = HERE.parent / "demo_checkpoint"
+DEMO = HERE.parent / "demo" / "demo_checkpoint"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 
 from export.bundle.build import export
 from export.config import decode_shape, prefill_shape, request, with_one_slack
+from export.demo.stories import held_out
 from export.quantize.rounding import Format, quantise
-from export.stories import held_out
 from runtime import load
 from runtime.manifest import Precision
 from tests.cpus import products

@@ -1,6 +1,6 @@
 """Drawn pictures of coloured shapes, and questions about them with one right answer each.
 
-    python -m export.scenes scene.png [--seed 0]    draw one that no training saw, print what can be asked
+    python -m export.demo.scenes scene.png [--seed 0]   draw one that no training saw, print what can be asked
 
 Everything follows from a seed. One tenth of all scenes is held out: no training picture shows one of them, so
 a right answer to a held-out picture was read from it.

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from export.bundle.build import export
 from export.checkpoint import SHIPPED
 from export.config import decode_shape, prefill_shape, request
-from export.scenes import scenes
+from export.demo.scenes import scenes
 from runtime import load
 from runtime.engine import Engine
 
