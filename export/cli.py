@@ -204,7 +204,7 @@ def bundle(
     output = Output(quiet, as_json)
     with output.progress() as say:
         from export.bundle.build import export
-        from export.validate import validate as prove
+        from export.validate.validate import validate as prove
 
         manifest = export(config, shapes, replace=True, say=say, vision=None)
         parity = prove(config.place, model=config.model, depth="quick", say=say) if validated else None

@@ -16,7 +16,7 @@ from export.console import Output
 from runtime.errors import CheckFailed, StillgraphError
 
 if TYPE_CHECKING:
-    from export.parity import Parity
+    from export.validate.report import Parity
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
@@ -81,7 +81,7 @@ def validate(
     depth: Literal["quick", "default", "full"] = "full" if full else "quick" if quick else "default"
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.validate import validate as prove
+        from export.validate.validate import validate as prove
 
         parity = prove(bundle, model=model, depth=depth, say=say)
     output.result({"bundle": str(bundle)} | parity.summary(), *parity.tables())

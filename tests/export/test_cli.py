@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from export.compare import Comparison
-from export.parity import CaseResult, Parity
+from export.validate.metrics import Comparison
+from export.validate.report import CaseResult, Parity
 from runtime import cli
 from runtime.manifest import Validation, check_files, read
 
@@ -130,7 +130,7 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
         return Parity(date="2020-01-01", depth=depth, bound=1e-5, why_bound="why", tools={},
                       graphs={}, weights="", cases=(case,))  # fmt: skip
 
-    monkeypatch.setattr("export.validate.validate", fake)
+    monkeypatch.setattr("export.validate.validate.validate", fake)
     assert cli.main(["validate", str(own_bundle), "-m", "m", *([option] if option else [])]) == 0
     assert asked == [(own_bundle, "m", depth)]
     stdout, stderr = capsys.readouterr()

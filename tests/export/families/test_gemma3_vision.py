@@ -18,7 +18,7 @@ import torch
 from export.checkpoint import open_checkpoint
 from export.trace import image_cache
 from export.trace.graphs import masks
-from export.validate import validate
+from export.validate.validate import validate
 from runtime import Step, load
 from runtime.manifest import read
 

@@ -24,7 +24,7 @@ from export.compile.compile import compile_bundle
 from export.config import ExportConfig, dynamic_shape, request
 from export.ir.simplify import FORBIDDEN, static_problem
 from export.trace.graphs import masks
-from export.validate import validate
+from export.validate.validate import validate
 from runtime import load
 from runtime.engine import Engine
 from runtime.manifest import check_files, read

@@ -13,7 +13,7 @@ import pytest
 
 from export.ir.simplify import static_problem
 from export.quantize.lower import Plan
-from export.validate import validate
+from export.validate.validate import validate
 from runtime.manifest import Quantisation, read
 from runtime.spec import GraphShape
 

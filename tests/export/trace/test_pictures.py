@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export import picture
 from export.checkpoint import open_checkpoint
-from export.parity import Parity
-from export.validate import validate
+from export.validate import image
+from export.validate.report import Parity
+from export.validate.validate import validate
 from runtime import load
 from runtime.cli import main
 from runtime.manifest import read
@@ -67,12 +67,12 @@ def test_features(tiny_bundle: Bundle, original: Any, name: str, optimised: bool
     manifest = read(bundle)
     vision = manifest.model.vision
     assert vision is not None
-    pixels = torch.from_numpy(picture.pixels(vision))
+    pixels = torch.from_numpy(image.pixels(vision))
     with torch.no_grad():
         expected = (
             original(manifest.source.id).get_image_features(pixel_values=pixels).pooler_output[0].numpy()
         )
-    found = picture.features(bundle, manifest, optimised)
+    found = image.features(bundle, manifest, optimised)
     assert found.shape == expected.shape == (vision.image_tokens, manifest.model.hidden_size)
     assert np.abs(found - expected).max() <= FP32 * np.abs(expected).max()
 
@@ -163,7 +163,7 @@ def test_validation_covers_pictures(own: Path) -> None:
     assert parity.passed
     seen = [case for case in parity.cases if case.text == "picture"]
     assert {case.optimised for case in seen} == {False, True}
-    assert min(case.prompt for case in seen) == picture.end(vision_of(own)) + 1
+    assert min(case.prompt for case in seen) == image.end(vision_of(own)) + 1
     assert parity.max_feature_error is not None
     assert 0 < parity.max_feature_error <= FP32
     assert json.loads((own / "reports" / "parity.json").read_text())
@@ -175,8 +175,8 @@ def vision_of(bundle: Path) -> Any:
 
 
 def test_validation_fails_for_a_picture_in_another_place(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = picture.fill
-    monkeypatch.setattr(picture, "fill", lambda rows, first, features: fill(rows, first + 1, features))
+    fill = image.fill
+    monkeypatch.setattr(image, "fill", lambda rows, first, features: fill(rows, first + 1, features))
     parity = validate(own, depth="quick", say=quiet)
     assert not parity.passed
     broken = [case for case in parity.cases if not parity.holds(case)]

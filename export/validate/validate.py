@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from export.cases import Depth, Plan, limit, make_plans, positions, random_ids, text_ids
 from export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from export.config import Say
-from export.dequantised import dequantise
-from export.growing_replay import GrowingReplay
-from export.parity import CaseResult, Parity, TextKind, bound
-from export.parity_page import write_page
-from export.picture import with_picture
-from export.quality import recall, summarise, walk, walked
-from export.reference import reference
-from export.replay import Replay
 from export.staging import staged_file
+from export.validate.cases import Depth, Plan, limit, make_plans, positions, random_ids, text_ids
+from export.validate.dynamic_replay import GrowingReplay
+from export.validate.fake_quantize import dequantise
+from export.validate.image import with_picture
+from export.validate.page import write_page
+from export.validate.quality import recall, summarise, walk, walked
+from export.validate.reference import reference
+from export.validate.replay import Replay
+from export.validate.report import CaseResult, Parity, TextKind, bound
 from runtime.errors import StillgraphError
 from runtime.manifest import MANIFEST, Manifest, Quality, check_files, read
 

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from export import picture
 from export.demo.stories import held_out
-from export.parity import TextKind
+from export.validate import image
+from export.validate.report import TextKind
 from runtime.errors import StillgraphError
 from runtime.manifest import Manifest
 
@@ -53,7 +53,7 @@ def pictured(manifest: Manifest) -> list[Plan]:
     vision = manifest.model.vision
     if vision is None or manifest.graph("vision") is None or manifest.graph("prefill") is None:
         return []
-    first = picture.end(vision) + 1
+    first = image.end(vision) + 1
     if vision.bidirectional:  # then no row may end in the picture
         first += (rows(manifest) - 1) * ROW_STAGGER
     if first >= limit(manifest) or (first > (max_len(manifest) or 0) and not continues(manifest)):
@@ -111,7 +111,7 @@ def random_ids(manifest: Manifest) -> np.ndarray:
     """Seeded ids over the whole vocabulary, int64 [B, limit]; every row its own."""
     shape = rows(manifest), limit(manifest)
     ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, shape)
-    return picture.without_pictures(ids, manifest.model.vision)
+    return image.without_pictures(ids, manifest.model.vision)
 
 
 def text_ids(bundle: Path, manifest: Manifest) -> np.ndarray:

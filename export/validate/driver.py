@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from export import picture
 from export.ort import open_graph, run
+from export.validate import image
 from runtime.manifest import GraphEntry, Manifest
 from runtime.spec import marks_pictures, past_names, present_names
 
@@ -24,7 +24,7 @@ class GraphRun:
 
     optimised: as a runtime would run them, ONNX Runtime's own optimisations on and quantised weights in the
     kernels that are made for them; else every op as it is written. features: of the picture in the text, as
-    `export.picture` puts it there.
+    `export.validate.image` puts it there.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class GraphRun:
         graph, vision = self._graph("prefill"), self.manifest.model.vision
         slots, done, longest = graph.shape.slots, np.zeros_like(lengths), int(lengths.max())
         seen = None if self.features is None else vision
-        first = min(longest, slots) if seen is None else picture.uncut(0, min(longest, slots), seen)
+        first = min(longest, slots) if seen is None else image.uncut(0, min(longest, slots), seen)
         for left in range(1 - (first - longest) // slots, 0, -1):
             waits = lengths - done < left
             count = np.where(waits, 1, np.minimum(slots, lengths - done - left + 1))
             if seen is not None:
-                count = np.array([picture.uncut(*row, seen) for row in zip(done, count, strict=True)])
+                count = np.array([image.uncut(*row, seen) for row in zip(done, count, strict=True)])
             chunk = np.full((len(self.rows), slots), self.manifest.tokens.pad or 0, np.int64)
             for row in self.rows:
                 chunk[row, : count[row]] = ids[row, done[row] : done[row] + count[row]]
@@ -94,7 +94,7 @@ class GraphRun:
         pictures = np.zeros_like(chunk)
         if self.features is not None:
             for row in self.rows:
-                pictures[row] = picture.fill(embeddings[row], int(past[row]), self.features)
+                pictures[row] = image.fill(embeddings[row], int(past[row]), self.features)
         marks = {"token_type_ids": pictures} if marks_pictures(self.manifest.model, graph.shape) else {}
         return {"inputs_embeds": embeddings, **marks}
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from rich.table import Table
 
-from export.compare import Comparison
+from export.validate.metrics import Comparison
 from runtime.manifest import Precision, Quality, Validation
 from runtime.spec import Frozen, ModelSpec
 

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from export.cases import STEPS, Plan, limit
-from export.compare import Comparison, cache_error, compare
 from export.config import Say
 from export.ort import DTYPES, open_graph
-from export.parity import CaseResult
-from export.reference import Reference
+from export.validate.cases import STEPS, Plan, limit
+from export.validate.metrics import Comparison, cache_error, compare
+from export.validate.reference import Reference
+from export.validate.report import CaseResult
 from runtime.manifest import GraphEntry, Manifest
 from runtime.spec import PAST
 
 
 class GrowingReplay:
-    """Runs one plan as `export.replay.Replay` does for static graphs, with lengths where those have slots.
+    """Runs one plan as `replay.Replay` does for static graphs, with lengths where those have slots.
 
     Every prompt goes in at once, and again in two calls, as a prompt does that continues a chat; both are
     followed by a few tokens, one a call.

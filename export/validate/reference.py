@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from export import picture
+from export.validate import image as picture
 from runtime.spec import VisionSpec
 
 CHUNK = 128  # tokens a step of the reference pass, so that logits of a long text are never all in memory
@@ -41,7 +41,8 @@ def reference(
 ) -> Reference:
     """Run the original model over `ids` [B, N]; keep the logits at `positions`.
 
-    vision: of a text with the picture of `export.picture` in it, which is given whole with the first chunk.
+    vision: of a text with the picture of `export.validate.image` in it, which is given whole with the first
+    chunk.
     """
     # Without a config every layer keeps all keys; the sliding layers still see only their window, by mask.
     cache = DynamicCache()

@@ -1,6 +1,7 @@
 """What quantised weights cost, from divergences at many positions and the demo's questions.
 
-Not the graph's error: that is measured against PyTorch with the same quantised weights (`export.parity`).
+Not the graph's error: that is measured against PyTorch with the same quantised weights
+(`export.validate.report`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from export.cases import limit, max_len
-from export.compare import Divergence, diverge
 from export.demo.stories import held_out
-from export.graphrun import Cache, GraphRun
-from export.reference import Reference
+from export.validate.cases import limit, max_len
+from export.validate.driver import Cache, GraphRun
+from export.validate.metrics import Divergence, diverge
+from export.validate.reference import Reference
 from runtime.manifest import Manifest, Precision, Quality
 
 # What a precision may cost: mean KL divergence in nats, and perplexity over the checkpoint's. The demo loses

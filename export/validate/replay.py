@@ -11,13 +11,13 @@ from typing import Literal
 
 import numpy as np
 
-from export import picture
-from export.cases import ROW_STAGGER, STEPS, Plan, continues, limit, max_len
-from export.compare import Comparison, cache_error, compare
 from export.config import Say
-from export.graphrun import Cache, GraphRun
-from export.parity import CaseResult
-from export.reference import Reference
+from export.validate import image
+from export.validate.cases import ROW_STAGGER, STEPS, Plan, continues, limit, max_len
+from export.validate.driver import Cache, GraphRun
+from export.validate.metrics import Comparison, cache_error, compare
+from export.validate.reference import Reference
+from export.validate.report import CaseResult
 from runtime.manifest import Manifest
 from runtime.spec import past_names
 
@@ -41,7 +41,7 @@ class Replay:
         self, bundle: Path, manifest: Manifest, truth: Reference, plan: Plan, bound: float, say: Say
     ) -> None:
         self.manifest, self.truth, self.plan, self.bound, self.say = manifest, truth, plan, bound, say
-        seen = picture.features(bundle, manifest, plan.optimised) if plan.text == "picture" else None
+        seen = image.features(bundle, manifest, plan.optimised) if plan.text == "picture" else None
         self.seen = seen
         self.graphs = GraphRun(bundle, manifest, plan.optimised, seen)
         self.rows, self.layers = self.graphs.rows, self.graphs.layers

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.compare import diverge
-from export.quality import BOUNDS, perplexity, summarise
-from export.validate import validate
+from export.validate.metrics import diverge
+from export.validate.quality import BOUNDS, perplexity, summarise
+from export.validate.validate import validate
 from runtime.manifest import read
 
 Bundle = Callable[..., Path]

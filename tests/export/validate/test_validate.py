@@ -13,10 +13,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export.cases import edges, make_plans, positions
-from export.compare import cache_error, compare
-from export.parity import bound
-from export.validate import validate
+from export.validate.cases import edges, make_plans, positions
+from export.validate.metrics import cache_error, compare
+from export.validate.report import bound
+from export.validate.validate import validate
 from runtime.errors import StillgraphError
 from runtime.manifest import MANIFEST, File, Manifest, read, sha256
 

@@ -14,7 +14,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from export.parity import COLUMNS, Parity, case_row
+from export.validate.report import COLUMNS, Parity, case_row
 from runtime.manifest import Manifest
 
 INK = "#808691"  # reads on white and on black

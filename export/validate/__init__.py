@@ -1,0 +1,1 @@
+"""The proof: a bundle's files against PyTorch, and what its weights cost."""
