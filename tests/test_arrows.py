@@ -14,10 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("export", "patches", "runtime")
 # What of the runtime is open to the export.
-OF_RUNTIME = {
-    f"runtime.{name}"
-    for name in ("bench.contender", "compiled", "cpu", "errors", "exit_codes", "manifest", "spec")
-}
+OF_RUNTIME = {f"runtime.{name}" for name in ("compiled", "cpu", "errors", "exit_codes", "manifest", "spec")}
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
 
 

@@ -1,0 +1,1 @@
+"""One file a runtime that takes part in a benchmark, and how the others are installed."""

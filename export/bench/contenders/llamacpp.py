@@ -1,0 +1,183 @@
+"""llama.cpp through the C interface of llama-cpp-python, as one contender; and the GGUF files it takes.
+
+python llamacpp.py prepare CHECKPOINT MODELS    # llama-bf16, -q4_0, -q4_0-embd4, -q8_0 .gguf
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+PERIOD = 6  # llama.cpp fixes which layers of a Gemma 3 are full: every sixth
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class Llama:
+    """The low-level interface: no Python but one call and an argmax a step."""
+
+    def __init__(self, request: Any) -> None:
+        silence()
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model = llama_cpp.llama_model_load_from_file(request.model.encode(), model_params)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = request.ctx, 512, 512
+        params.n_threads = params.n_threads_batch = request.threads
+        params.swa_full = False  # sliding layers keep their window alone: less memory, no slower
+        # flash attention is left to llama.cpp (auto); LLAMA_FLASH=0 or 1 decides, to see which is faster
+        params.flash_attn_type = int(os.environ.get("LLAMA_FLASH", params.flash_attn_type))
+        self.context = llama_cpp.llama_init_from_model(model, params)
+        if not self.context:
+            raise SystemExit(f"llama.cpp cannot open {request.model}")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self.swap_seconds = 0.0
+        self.facts = {
+            "versions": {"llama-cpp-python": llama_cpp.__version__},
+            "weights_mb": Path(request.model).stat().st_size / 1e6,
+            "read_mb": Path(request.model).stat().st_size / 1e6,
+        }
+
+    def generate(self, ids: list[int], count: int) -> Iterator[int]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+        fed = ids
+        for _ in range(count):
+            token = self._decode(fed)
+            yield token
+            fed = [token]
+
+    def _decode(self, ids: list[int]) -> int:
+        """Feed ids after those in the cache, 512 at a time: the most probable next token."""
+        for start in range(0, len(ids), 512):
+            chunk = ids[start : start + 512]
+            array = (llama_cpp.llama_token * len(chunk))(*chunk)
+            # a batch made by get_one asks for the logits of its last token alone
+            if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(chunk))):
+                raise SystemExit("llama_decode failed")
+        logits = llama_cpp.llama_get_logits_ith(self.context, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
+
+
+@llama_cpp.llama_log_callback
+def _log(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+    if level >= 4 or os.environ.get("LLAMA_LOG"):  # errors
+        sys.stderr.buffer.write(text)
+
+
+def silence() -> None:
+    llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+
+
+def tensors(checkpoint: Path) -> Iterator[tuple[str, Any]]:
+    """Name and bfloat16 bits (uint16) of each tensor of a folder's safetensors, mapped."""
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        data = np.memmap(file, np.uint8, "r")
+        size = int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8 : 8 + size].tobytes())
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] != "BF16":
+                raise SystemExit(f"{name} is {entry['dtype']}, this script takes BF16 alone")
+            start, end = (8 + size + at for at in entry["data_offsets"])
+            yield name, data[start:end].view(np.uint16).reshape(entry["shape"])
+
+
+def write_gguf(checkpoint: Path, target: Path) -> None:
+    """A Gemma 3 checkpoint as GGUF in bfloat16, without a vocabulary: it is fed with ids."""
+    import gguf
+
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    writer = gguf.GGUFWriter(target, "gemma3")
+    _add_config(writer, config)
+    for name, bits in tensors(checkpoint):
+        stem, norm = gguf_name(name), name.endswith("norm.weight")
+        if norm:  # llama.cpp multiplies by the weight, Gemma 3 by 1 + weight
+            widened = (bits.astype(np.uint32) << 16).view(np.float32)
+            writer.add_tensor(stem, widened + 1)
+        else:
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(stem, bits.view(np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_config(writer: Any, config: dict[str, Any]) -> None:
+    kinds = ["full" if (i + 1) % PERIOD == 0 else "sliding" for i in range(config["num_hidden_layers"])]
+    scalar = config["query_pre_attn_scalar"] == config["head_dim"]
+    if [kind.split("_")[0] for kind in config["layer_types"]] != kinds or not scalar:
+        raise SystemExit("llama.cpp takes full layers at every sixth place and a scale of head_dim alone")
+    rope = config["rope_parameters"]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(32)  # mostly bfloat16
+
+
+def gguf_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
+    known = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if name in known:
+        return known[name]
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+
+
+def prepare(checkpoint: Path, models: Path) -> None:
+    """Write the GGUF and quantise it: q4_0 keeps the embedding at 8 bits, which is llama.cpp's default."""
+    silence()
+    source = models / "llama-bf16.gguf"
+    write_gguf(checkpoint, source)
+    q4, q8 = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    for name, kind, embedding in (("q4_0", q4, None), ("q4_0-embd4", q4, 2), ("q8_0", q8, None)):
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = kind
+        if embedding is not None:  # GGML_TYPE_Q4_0; the tied head is the same tensor
+            params.token_embedding_type = params.output_tensor_type = embedding
+        target = models / f"llama-{name}.gguf"
+        beside = target.with_suffix(".part")  # a file that is there is whole
+        if llama_cpp.llama_model_quantize(bytes(source), bytes(beside), ctypes.byref(params)):
+            raise SystemExit(f"llama.cpp cannot write {target}")
+        beside.replace(target)
+
+
+def open_contender(request: Any) -> Llama:
+    return Llama(request)
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,76 @@
+"""A bundle of ours, as one contender. See `export/bench/worker.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from runtime.loading import load
+from runtime.manifest import Manifest
+
+MB = 1e6
+SEEING = ("vision_tower", "multi_modal_projector")  # in the names of weights
+
+
+class Ours:
+    def __init__(self, request: Any) -> None:
+        unload, compiled = (request.options.get(key) == "True" for key in ("unload", "compiled"))
+        self.engine = load(request.model, unload_prefill=unload, threads=request.threads, compiled=compiled)
+        self.engine._stop_tokens = frozenset()  # random weights choose stop tokens like any other
+        self.loaded = self.engine.load_seconds
+        self.images = [request.image] if request.image else []
+        manifest = self.engine.manifest
+        self.facts = {
+            "versions": {"onnxruntime": onnxruntime.__version__},
+            "weights_mb": weights_mb(manifest, Path(request.model), compiled),
+            "cache_mb": cache_mb(manifest),
+            "read_mb": read_mb(manifest),
+        }
+
+    @property
+    def swap_seconds(self) -> float:
+        return self.engine.load_seconds - self.loaded
+
+    @property
+    def vision_seconds(self) -> float:
+        return self.engine.vision.seconds if self.engine.vision else 0.0
+
+    def generate(self, ids: list[int], count: int) -> Iterator[int]:
+        self.engine.reset()
+        return (step.token for step in self.engine.stream(ids, images=self.images, max_new_tokens=count))
+
+
+def weights_mb(manifest: Manifest, bundle: Path, compiled: bool) -> float:
+    """The weights file, and with it what 'compile' wrote beside it."""
+    made = [path for path in (bundle / "compiled").rglob("*") if path.is_file()] if compiled else []
+    return (manifest.weights.file.nbytes + sum(path.stat().st_size for path in made)) / MB
+
+
+def cache_mb(manifest: Manifest) -> float | None:
+    """Keys and values that the decode graph is given; None where they grow."""
+    decode = manifest.graph("decode")
+    if decode is None:
+        return None
+    past = {alias.input for alias in decode.aliases}
+    return sum(port.nbytes for port in decode.inputs if port.name in past) / MB
+
+
+def read_mb(manifest: Manifest) -> float | None:
+    """Weights that a step reads: all but a table of which it takes one row, and what sees pictures.
+
+    None with a prefill's own.
+    """
+    if manifest.quantisation and manifest.quantisation.fast_prefill:
+        return None
+    tensors = manifest.weights.tensors
+    untied = any(name.startswith("lm_head") for name in tensors)
+    unread = [*SEEING, *(["embed_tokens"] if untied else [])]
+    read = [t.nbytes for name, t in tensors.items() if not any(part in name for part in unread)]
+    return sum(read) / MB
+
+
+def open_contender(request: Any) -> Ours:
+    return Ours(request)

@@ -1,0 +1,122 @@
+"""One contender's turn: a fresh process, while nothing else runs on the machine if that can be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from export.bench.contender import Contender
+from export.bench.report import Memory, Run
+from export.bench.worker import KIB, Request, busy_seconds
+
+HARNESS = Path(__file__).with_name("worker.py")
+DISTURBED = 0.1  # cores that others used: above it, spinning threads of a contender wait for each other
+TRIES = 3
+TIMEOUT_S = 1800  # of one turn; a swapping machine is a result too
+SAMPLE_S = 0.05
+
+
+class TurnFailed(Exception):
+    """Why a contender has no row, in a few words."""
+
+
+class Turn:
+    """What one process said: its run, what it says of itself, and the memory seen from outside."""
+
+    def __init__(self, row: dict[str, Any], turn: int, memory: Memory | None) -> None:
+        self.facts, self.memory = row.pop("facts"), memory
+        del row["marks"]
+        self.run = Run(turn=turn, **row)
+
+
+def take_turn(contender: Contender, request: Request, turn: int, patience: float) -> Turn:
+    """The quietest of a few tries, as soon as one was undisturbed. Raises TurnFailed.
+
+    Turn 0 is not counted: it warms the file cache, and its memory is sampled, which costs time.
+    """
+    if turn == 0:
+        return run_once(contender, request, turn, sample=True)
+    tries: list[Turn] = []
+    for _ in range(TRIES if patience else 1):
+        wait_for_quiet(patience)
+        tries.append(run_once(contender, request, turn))
+        if tries[-1].run.other_cores < DISTURBED:
+            break
+    return min(tries, key=lambda found: found.run.other_cores)
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Until others use less than DISTURBED cores for a second, `patience` seconds at most."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        before = busy_seconds()
+        time.sleep(1)
+        if busy_seconds() - before < DISTURBED:
+            return
+
+
+def run_once(contender: Contender, request: Request, turn: int, sample: bool = False) -> Turn:
+    command = [str(contender.python), str(HARNESS), str(contender.file), json.dumps(asdict(request))]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as complaints:
+        began = time.monotonic()
+        process = subprocess.Popen(command, stdout=out, stderr=complaints, env=environment)
+        try:
+            samples = watch(process, began, sample)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            raise TurnFailed(_why(process.returncode, _lines(complaints)))
+        lines = _lines(out)
+    try:
+        row: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        raise TurnFailed("it printed no result") from None
+    if not sample:
+        return Turn(row, turn, None)
+    marks = tuple((1e3 * (at - began), what) for at, what in row["marks"])
+    return Turn(row, turn, Memory(samples=tuple(samples), marks=marks) if samples else None)
+
+
+def watch(process: subprocess.Popen[Any], began: float, sample: bool) -> list[tuple[float, float]]:
+    """Wait for the end; the PSS of the process meanwhile, as (ms, MB). Raises TurnFailed at TIMEOUT_S."""
+    samples: list[tuple[float, float]] = []
+    while True:
+        try:
+            process.wait(SAMPLE_S if sample else TIMEOUT_S)
+            return samples
+        except subprocess.TimeoutExpired:
+            if time.monotonic() - began > TIMEOUT_S:
+                raise TurnFailed(f"it was not done after {TIMEOUT_S} s") from None
+        if (pss := pss_of(process.pid)) is not None:
+            samples.append((1e3 * (time.monotonic() - began), pss))
+
+
+def pss_of(pid: int) -> float | None:
+    """PSS in MB of a process; None where it has ended or the system has no /proc."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((KIB * int(line.split()[1]) for line in lines if line.startswith("Pss:")), None)
+
+
+def _lines(file: IO[str]) -> list[str]:
+    file.seek(0)
+    return [line for line in file.read().splitlines() if line.strip()]
+
+
+def _why(code: int, complaints: list[str]) -> str:
+    if code == -signal.SIGKILL:
+        return "it was killed, as a system does that runs out of memory"
+    last = complaints[-1].strip()[:200] if complaints else "it said nothing"
+    name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"it ended with {name}: {last}"

@@ -1,0 +1,99 @@
+"""The bundles that a benchmark makes of the same checkpoint, by name.
+
+    dynamic   portable   portable-fp16   onnxruntime-int8   onnxruntime-int4-b32-fast+compiled+unload
+
+A name is a target, a precision where it is not fp32, a block size where it is not 128, `fast` for
+`--fast-prefill`; then how it is run: `+compiled` by 'stillgraph compile', `+unload` with `--unload-prefill`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from export.bench.contender import Contender, Making, Source
+from runtime.compiled import find
+from runtime.manifest import MANIFEST, Manifest
+
+NAME = re.compile(
+    r"(?P<target>dynamic|portable|onnxruntime)(-(?P<precision>fp16|int8|int4))?(-b(?P<block>32|64))?"
+    r"(?P<fast>-fast)?(?P<run>(\+compiled|\+unload)*)"
+)
+OURS = Path(__file__).parent / "contenders" / "stillgraph_bundle.py"
+PRECISIONS = {"portable": ("fp16", "int8", "int4"), "onnxruntime": ("int8", "int4")}
+
+
+def form(name: str, source: Source) -> Contender | None:
+    """The contender of a name, made from the checkpoint into `source.models`; None for no such form."""
+    match = NAME.fullmatch(name)
+    if match is None or not _allowed(match):
+        return None
+    base = name.partition("+")[0]
+    bundle = source.models / f"{base}-{source.max_len}-{source.ctx}"
+    what = ["dynamic"] if match["target"] == "dynamic" else ["bundle", "--target", match["target"]]
+    command = [*_stillgraph("export"), *what, "--model", source.checkpoint, "--ctx", str(source.ctx)]
+    command += ["--precision", match["precision"]] if match["precision"] else []
+    command += ["--block-size", match["block"]] if match["block"] else []
+    command += ["--fast-prefill"] if match["fast"] else []
+    if what[0] == "bundle":
+        command += ["--max-len", str(min(source.max_len, source.ctx)), "--no-validate"]
+    command += ["--quiet", "--out", str(bundle)]
+    return as_contender(name, bundle, (Making(bundle / MANIFEST, tuple(command)),))
+
+
+def _allowed(match: re.Match[str]) -> bool:
+    target, precision = match["target"], match["precision"]
+    few_bits = precision in ("int8", "int4")
+    if precision and precision not in PRECISIONS.get(target, ()):
+        return False
+    if (match["block"] or match["fast"]) and not few_bits:
+        return False
+    fused = bool(match["fast"]) or "+compiled" in match["run"]
+    return not (fused and target != "onnxruntime") and not (match["run"] and target == "dynamic")
+
+
+def as_contender(name: str, bundle: Path, prepare: tuple[Making, ...] = ()) -> Contender:
+    """A bundle, run as the words after a + in its name say."""
+    words = set(name.split("+")[1:])
+    if "compiled" in words:
+        made = bundle / "compiled"
+        prepare = (*prepare, Making(made, (*_stillgraph("compile"), "--quiet", str(bundle))))
+    how = [word for word, said in (("compiled", "compiled"), ("--unload-prefill", "unload")) if said in words]
+    return Contender(
+        name=name,
+        label=", ".join([f"Stillgraph {name.partition('+')[0].replace('-', ' ')}", *how]),
+        group="stillgraph",
+        file=OURS,
+        model=str(bundle),
+        options={"compiled": str("compiled" in words), "unload": str("unload" in words)},
+        prepare=prepare,
+        exact=not re.search(r"-(fp16|int8|int4)", name),
+        sees=True,
+    )
+
+
+def subject(bundle: Path, manifest: Manifest) -> Contender:
+    """The bundle that the user named, as `load` would run it: compiled where that fits."""
+    compiled = find(bundle, manifest).compiled is not None
+    found = as_contender(base_name(manifest) + ("+compiled" if compiled else ""), bundle)
+    return replace(found, prepare=(), exact=manifest.precision == "fp32")
+
+
+def base_name(manifest: Manifest) -> str:
+    """What the form of a bundle is called, less how it is run."""
+    if manifest.graph("dynamic") is not None:
+        return "dynamic"
+    words = [manifest.target, "" if manifest.precision == "fp32" else manifest.precision]
+    if form := manifest.quantisation:
+        words += [
+            f"b{form.block_size}" if form.block_size != 128 else "",
+            "fast" if form.fast_prefill else "",
+        ]
+        words += ["asymmetric" if not form.symmetric else "", "kept" if form.keep else ""]
+    return "-".join(word for word in words if word)
+
+
+def _stillgraph(command: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "runtime", command)
