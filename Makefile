@@ -24,8 +24,8 @@ demo: $(VENV)/.export  ## Export the demo bundles, validate them, write text fro
 test: $(VENV)/.dev  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: $(VENV)/.dev  ## Ratios to PyTorch beside those kept in tests/guard, in 3 minutes; warns, never fails
-	@$(BIN)/python tests/guard/guard.py artifacts/bench
+bench: $(VENV)/.dev  ## Ratios to PyTorch beside those kept in tests/ratios, in 3 minutes; warns, never fails
+	@$(BIN)/python tests/ratios/check.py artifacts/bench
 
 cpus: $(VENV)/.dev  ## Products and the demo on each class of CPU, emulated where it is another's, in 5 minutes
 	@$(BIN)/python -m tests.cpus.table artifacts/cpus

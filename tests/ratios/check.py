@@ -1,6 +1,6 @@
 """`make bench`: ratios of the demo and of four layers of Gemma 3 1B beside those that ratios.json keeps.
 
-    python tests/guard/guard.py FOLDER [--update]
+    python tests/ratios/check.py FOLDER [--update]
 
 Ratios to PyTorch, never times, so that another machine's speed says nothing; another kind of CPU has its own.
 A ratio that has grown by more than TOLERANCE is a warning on stderr; the exit code is 0 all the same, because
