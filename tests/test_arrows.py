@@ -15,6 +15,20 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("export", "patches", "runtime")
 # What of the runtime is open to the export.
 OF_RUNTIME = {f"runtime.{name}" for name in ("compiled", "cpu", "errors", "exit_codes", "manifest", "spec")}
+# What is open to the bench besides: it runs the engine.
+ENGINE = {"runtime.loading", "runtime.session"}
+# The rooms of export/ from the ground up, and files beside them. Each imports only from lines above its own.
+ROOMS = (
+    "__init__ config demo families ort staging",
+    "checkpoint console ir",
+    "bench quantize trace weights",
+    "compile",
+    "bundle validate",
+    "commands",
+    "cli",
+    "__main__",
+)
+FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors")
 
 
@@ -31,31 +45,77 @@ def imported(source: str) -> Iterator[str]:
             yield "."
         elif isinstance(node, ast.ImportFrom):
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            submodules = [name for name in modules if (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+            submodules = [name for name in modules if is_module(ROOT.joinpath(*name.split(".")))]
             yield from submodules or [str(node.module)]
 
 
-def wrong(package: str, source: str) -> list[str]:
-    """The imports of a file of `package` that the arrows do not allow."""
+def is_module(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def room_of(path: Path) -> str:
+    """The room of a file of the export: a folder, or the file's own name."""
+    return path.relative_to(ROOT / "export").parts[0].removesuffix(".py")
+
+
+def upwards(room: str, source: str) -> list[str]:
+    """What a file in a room of the export imports that is in no room below."""
+    others = [(name, name.split(".")[1]) for name in imported(source) if name.startswith("export.")]
+    return [name for name, other in others if other != room and FLOORS[other] >= FLOORS[room]]
+
+
+def wrong(folder: str, source: str) -> list[str]:
+    """The imports of a file in `folder` that the arrows do not allow."""
+    package = folder.partition("/")[0]
     heads = [(name, name.partition(".")[0]) for name in imported(source)]
     ours = [name for name, head in heads if head in PACKAGES and head != package]
     relative = [name for name, _ in heads if name == "."]
+    heavy = [name for name, head in heads if head in HEAVY]
+    if folder == "export/bench":
+        return relative + heavy + [name for name in ours if name not in OF_RUNTIME | ENGINE]
     if package == "export":
-        return relative + [name for name in ours if name not in OF_RUNTIME and not name.startswith("patches")]
+        allowed = OF_RUNTIME | (ENGINE if folder == "export/bench/contenders" else set())
+        return relative + [name for name in ours if name not in allowed and not name.startswith("patches")]
     if package == "runtime":
-        return relative + ours + [name for name, head in heads if head in HEAVY]
+        return relative + ours + heavy
     return relative + ours
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_arrows(package) -> None:
     assert files(package)
-    found = {str(path): wrong(package, path.read_text(encoding="utf-8")) for path in files(package)}
+    found = {
+        str(path): wrong(path.parent.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+        for path in files(package)
+    }
     assert {path: names for path, names in found.items() if names} == {}
 
 
+def test_rooms_import_downwards() -> None:
+    found = {str(path): upwards(room_of(path), path.read_text(encoding="utf-8")) for path in files("export")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(path) for path in files("export")} == set(FLOORS)
+
+
 @pytest.mark.parametrize(
-    ("package", "source", "names"),
+    ("room", "source", "names"),
+    [
+        ("trace", "from export.bundle.build import export", ["export.bundle.build"]),
+        ("trace", "from export import bundle", ["export.bundle"]),
+        ("bundle", "def f():\n    from export.validate import cases", ["export.validate.cases"]),
+        ("bundle", "from export.bundle import inspection", []),
+        ("bundle", "from export.trace.tracing import convert", []),
+    ],
+)
+def test_an_import_that_is_not_downwards_is_seen(room, source, names) -> None:
+    assert upwards(room, source) == names
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "names"),
     [
         ("runtime", "import export.config", ["export.config"]),
         ("runtime", "def f():\n    from torch import nn", ["torch"]),
@@ -64,13 +124,16 @@ def test_arrows(package) -> None:
         ("export", "from runtime import load", ["runtime"]),
         ("export", "from runtime import spec", []),
         ("export", "from runtime.engine import Engine", ["runtime.engine"]),
+        ("export/bench", "from runtime.loading import load\nimport torch", ["torch"]),
+        ("export/bench", "from runtime.engine import Engine", ["runtime.engine"]),
+        ("export/bench/contenders", "from runtime.loading import load\nimport torch", []),
         ("export", "from runtime.manifest import read\nfrom patches.patch import applied", []),
         ("patches", "from runtime.spec import Frozen", ["runtime.spec"]),
         ("patches", "import torch", []),
     ],
 )
-def test_an_arrow_the_wrong_way_is_seen(package, source, names) -> None:
-    assert wrong(package, source) == names
+def test_an_arrow_the_wrong_way_is_seen(folder, source, names) -> None:
+    assert wrong(folder, source) == names
 
 
 def test_no_module_is_named_after_a_library() -> None:
@@ -88,7 +151,15 @@ def fresh(code: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["runtime", "runtime.cli", "runtime.commands", "export.cli", "export.commands", "export.__main__"],
+    [
+        "runtime",
+        "runtime.cli",
+        "runtime.commands",
+        "export.cli",
+        "export.commands",
+        "export.__main__",
+        "export.bench.command",
+    ],
 )
 def test_an_import_brings_nothing_heavy(module) -> None:
     assert fresh(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
