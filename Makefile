@@ -18,7 +18,7 @@ demo: $(VENV)/.export  ## Export the demo bundles, validate them, write text fro
 	$(BIN)/stillgraph export bundle --out $(DEMO)
 	$(BIN)/stillgraph run $(DEMO) --prompt "Once upon a time"
 	$(BIN)/stillgraph export bundle -m demo-vision --out $(SEEING)
-	$(BIN)/python -m export.demo.scenes $(SEEING)/scene.png
+	$(BIN)/python -m stillgraph.exporter.demo.scenes $(SEEING)/scene.png
 	$(BIN)/stillgraph run $(SEEING) --image $(SEEING)/scene.png --chat --prompt "How many shapes are there?"
 
 test: $(VENV)/.dev  ## Run the tests
@@ -37,14 +37,15 @@ check: $(VENV)/.dev  ## Lint, types, and which package may import which
 	$(BIN)/python -m pytest tests/test_arrows.py
 
 schema: $(VENV)/.dev  ## Write the JSON Schema of the manifest
-	$(BIN)/python -c "from runtime.manifest import json_schema; print(json_schema(), end=str())" > $(SCHEMA)
+	$(BIN)/python -c "from stillgraph.manifest import json_schema; print(json_schema(), end=str())" > $(SCHEMA)
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) $(DEMO) $(SEEING) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(DEMO) $(SEEING) .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist runtime/exporter runtime/patches
 	find export runtime patches tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch before the rest, because it is most of the download.
-$(VENV)/.export: pyproject.toml constraints.txt
+$(VENV)/.export: pyproject.toml hatch_build.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e ".[export]"

@@ -1,11 +1,11 @@
-"""`python -m export ...` is `stillgraph export ...`."""
+"""`python -m stillgraph.exporter ...` is `stillgraph export ...`."""
 
 from __future__ import annotations
 
 import sys
 
-from export.cli import app
-from runtime.exit_codes import guard
+from stillgraph.exit_codes import guard
+from stillgraph.exporter.cli import app
 
 
 def main() -> int:

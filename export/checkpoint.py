@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
-from export.families import Family, families
-from runtime.errors import StillgraphError
-from runtime.spec import ModelSpec
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.families import Family, families
+from stillgraph.spec import ModelSpec
 
 STAGE = "read checkpoint"
 DEMO = Path(__file__).parent / "demo" / "demo_checkpoint"

@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from export.commands import AsJson, Quiet, hold
-from export.config import (
+from stillgraph.exporter.commands import AsJson, Quiet, hold
+from stillgraph.exporter.config import (
     ARTIFACTS,
     ExportConfig,
     decode_shape,
@@ -22,11 +22,11 @@ from export.config import (
     request,
     with_one_slack,
 )
-from export.console import Output
-from runtime.manifest import Manifest
+from stillgraph.exporter.console import Output
+from stillgraph.manifest import Manifest
 
 if TYPE_CHECKING:
-    from runtime.spec import GraphShape
+    from stillgraph.spec import GraphShape
 
 app = typer.Typer(
     help="Make static ONNX graphs of a checkpoint. Two exports into one --out make one bundle.",
@@ -203,8 +203,8 @@ def bundle(
     shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.bundle.build import export
-        from export.validate.validate import validate as prove
+        from stillgraph.exporter.bundle.build import export
+        from stillgraph.exporter.validate.validate import validate as prove
 
         manifest = export(config, shapes, replace=True, say=say, vision=None)
         parity = prove(config.place, model=config.model, depth="quick", say=say) if validated else None
@@ -218,7 +218,7 @@ def bundle(
 
 def _add(config: ExportConfig, shapes: list[GraphShape], output: Output, vision: bool = False) -> None:
     with output.progress() as say:
-        from export.bundle.build import export
+        from stillgraph.exporter.bundle.build import export
 
         manifest = export(config, shapes, replace=False, say=say, vision=vision)
     output.result(_exported(config.place, manifest), _files(config.place, manifest))

@@ -12,11 +12,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from export.console import Output
-from runtime.errors import CheckFailed, StillgraphError
+from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exporter.console import Output
 
 if TYPE_CHECKING:
-    from export.validate.report import Parity
+    from stillgraph.exporter.validate.report import Parity
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
@@ -27,7 +27,7 @@ def simplify(bundle: Bundle, quiet: Quiet = False, as_json: AsJson = False) -> N
     """Simplify a bundle's graphs again, in place, with the steps of this version."""
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.bundle.resimplify import resimplify
+        from stillgraph.exporter.bundle.resimplify import resimplify
 
         changes = resimplify(bundle, say)
     title = f"simplified {escape(str(bundle))}"
@@ -51,8 +51,8 @@ def compile_(
     """Optimise a bundle's graphs and pack its weights for this machine, once instead of at every load."""
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.compile.compile import compile_bundle
-        from export.compile.kernel_choice import product_table
+        from stillgraph.exporter.compile.compile import compile_bundle
+        from stillgraph.exporter.compile.kernel_choice import product_table
 
         compiled = compile_bundle(bundle, say, pack_fp32)
     table = Table("file", "bytes", title=f"compiled {escape(str(bundle))} for {compiled.cpu}")
@@ -81,7 +81,7 @@ def validate(
     depth: Literal["quick", "default", "full"] = "full" if full else "quick" if quick else "default"
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from export.validate.validate import validate as prove
+        from stillgraph.exporter.validate.validate import validate as prove
 
         parity = prove(bundle, model=model, depth=depth, say=say)
     output.result({"bundle": str(bundle)} | parity.summary(), *parity.tables())
@@ -90,8 +90,8 @@ def validate(
 
 def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
     """Show what is in a bundle: files, ops, memory, valid ranges, the last validation."""
-    from export.bundle.inspection import inspect as look
-    from export.bundle.inspection import tables
+    from stillgraph.exporter.bundle.inspection import inspect as look
+    from stillgraph.exporter.bundle.inspection import tables
 
     inspection = look(bundle)
     Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))

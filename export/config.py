@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from runtime.errors import StillgraphError
-from runtime.manifest import Manifest, Precision, Quantisation, Target
-from runtime.spec import Frozen, GraphShape, ModelSpec
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import Manifest, Precision, Quantisation, Target
+from stillgraph.spec import Frozen, GraphShape, ModelSpec
 
 STAGE = "export"
 HEAD_MULTIPLE = 8  # of GroupQueryAttention's head sizes

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
-from export.config import Say
+from stillgraph.exporter.config import Say
 
 FILE_WIDTH = 160  # of tables where stdout is no terminal: none of their cells is cut
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from runtime.cpu import EXACT_SUMS
-from runtime.manifest import Alias
+from stillgraph.cpu import EXACT_SUMS
+from stillgraph.manifest import Alias
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.errors import StillgraphError
-from runtime.manifest import MANIFEST
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import MANIFEST
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2

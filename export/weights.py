@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export.ir.fold_weights import Tensors, Weight
-from runtime.manifest import File, Weights, WeightTensor
+from stillgraph.exporter.ir.fold_weights import Tensors, Weight
+from stillgraph.manifest import File, Weights, WeightTensor
 
 WEIGHTS_FILE = "weights.data"
 ALIGNMENT = 4096  # a page, so that each tensor can be mapped by itself

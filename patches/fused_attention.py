@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patches.patch import Patch
+from stillgraph.patches.patch import Patch
 
 
 def forward(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from patches.patch import Patch
+from stillgraph.patches.patch import Patch
 
 
 def linear_forward(self: Any, input: Tensor) -> Tensor:
@@ -29,13 +29,13 @@ def plain_embedding_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def tied_embedding_forward(self: Any, input_ids: Tensor) -> Tensor:
-    """`patches.tied_embedding.forward` over an fp16 table."""
+    """`stillgraph.patches.tied_embedding.forward` over an fp16 table."""
     scaled: Tensor = plain_tied_embedding_forward(self, input_ids) * self.embed_scale
     return scaled
 
 
 def plain_tied_embedding_forward(self: Any, input: Tensor) -> Tensor:
-    """`patches.tied_embedding.plain_forward` over an fp16 table."""
+    """`stillgraph.patches.tied_embedding.plain_forward` over an fp16 table."""
     flat = self.weight.half().t().index_select(1, input.reshape(-1)).float()  # [hidden, B * S]
     rows: Tensor = flat.t().reshape(*input.shape, self.weight.shape[1])
     return rows

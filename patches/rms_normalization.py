@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patches.patch import Patch
+from stillgraph.patches.patch import Patch
 
 
 def forward(self: Any, x: Tensor) -> Tensor:

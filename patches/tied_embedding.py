@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.patch import Patch
+from stillgraph.patches.patch import Patch
 
 
 def forward(self: Any, input_ids: Tensor) -> Tensor:

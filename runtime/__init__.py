@@ -1,20 +1,32 @@
-"""Runs a bundle: numpy, onnxruntime, tokenizers; never torch."""
+"""Makes and runs bundles. Running one takes numpy, onnxruntime and tokenizers; never torch."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine, Step
-    from runtime.loading import load
+    from stillgraph.engine import Engine, Step
+    from stillgraph.errors import StillgraphError
+    from stillgraph.loading import load
 
-__all__ = ["Engine", "Step", "load"]
+__version__ = "0.1.0"
+__all__ = ["Engine", "Step", "StillgraphError", "__version__", "load"]
+
+HOMES = {
+    "Engine": "stillgraph.engine",
+    "Step": "stillgraph.engine",
+    "StillgraphError": "stillgraph.errors",
+    "load": "stillgraph.loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the engine at its first use: the export needs only the manifest."""
-    if name not in __all__:
-        raise AttributeError(f"module 'runtime' has no attribute {name!r}")
-    from runtime import engine, loading
+    """Import what is asked for at its first use: the export needs only the manifest."""
+    if name not in HOMES:
+        raise AttributeError(f"module 'stillgraph' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)
 
-    return getattr(loading if name == "load" else engine, name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""`python -m runtime` is `stillgraph`."""
+"""`python -m stillgraph` is `stillgraph`."""
 
 import sys
 
-from runtime.cli import main
+from stillgraph.cli import main
 
 sys.exit(main())

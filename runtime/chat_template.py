@@ -16,8 +16,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from runtime.errors import StillgraphError
-from runtime.tokenizer import read_json
+from stillgraph.errors import StillgraphError
+from stillgraph.tokenizer import read_json
 
 Message = Mapping[str, Any]
 IMAGE_PART = re.compile(r"""(type['"]?\]?\s*==|equalto['"]\s*,)\s*['"]image['"]""")

@@ -1,6 +1,6 @@
 """How a prompt is cut into calls of a prefill: full ones, and no picture in two where it has to come whole.
 
-A slot of a picture is below zero (`runtime.vision.features`). Shapes: P slots of a call.
+A slot of a picture is below zero (`stillgraph.vision.features`). Shapes: P slots of a call.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from runtime.commands import chat, run
-from runtime.errors import StillgraphError
-from runtime.exit_codes import command_of, guard
+from stillgraph.commands import chat, run
+from stillgraph.errors import StillgraphError
+from stillgraph.exit_codes import command_of, guard
 
 GROUP = "stillgraph.commands"
 HELP = (

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from runtime.conversation import Conversation
-from runtime.engine import MAX_NEW_TOKENS, Engine, Prompt, Step
-from runtime.errors import StillgraphError
-from runtime.loading import load
-from runtime.metrics import PeakPss, Times, peak_rss_mb
+from stillgraph.conversation import Conversation
+from stillgraph.engine import MAX_NEW_TOKENS, Engine, Prompt, Step
+from stillgraph.errors import StillgraphError
+from stillgraph.loading import load
+from stillgraph.metrics import PeakPss, Times, peak_rss_mb
 
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to write at most.")]

@@ -15,9 +15,9 @@ from typing import Literal
 import onnxruntime as ort
 from pydantic import PositiveInt, ValidationError
 
-from runtime.cpu import cpu_name
-from runtime.manifest import File, GraphEntry, Manifest, sha256
-from runtime.spec import Frozen
+from stillgraph.cpu import cpu_name
+from stillgraph.manifest import File, GraphEntry, Manifest, sha256
+from stillgraph.spec import Frozen
 
 COMPILED = "compiled"
 DESCRIPTION = "compiled.json"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runtime.chat_template import Message
-from runtime.engine import Engine, Step
+from stillgraph.chat_template import Message
+from stillgraph.engine import Engine, Step
 
 if TYPE_CHECKING:
-    from runtime.vision.image_file import Source
+    from stillgraph.vision.image_file import Source
 
 
 class Conversation:

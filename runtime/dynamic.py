@@ -14,13 +14,13 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
-from runtime.manifest import GraphEntry
-from runtime.session import NUMPY, Array
-from runtime.spec import PAST
+from stillgraph.manifest import GraphEntry
+from stillgraph.session import NUMPY, Array
+from stillgraph.spec import PAST
 
 
 class Caller(Protocol):
-    """A loaded graph that chooses its outputs' memory: `runtime.session.Session`."""
+    """A loaded graph that chooses its outputs' memory: `stillgraph.session.Session`."""
 
     def call(self, feeds: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]: ...
 

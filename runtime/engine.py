@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from runtime.chat_template import Message, Template, in_parts, read_template
-from runtime.errors import CheckFailed, StillgraphError
-from runtime.kv_cache import Graphs
-from runtime.manifest import Manifest
-from runtime.sampling import Sampler, Sampling
-from runtime.session import Array
-from runtime.tokenizer import Stops, Stream, Text
-from runtime.vision.features import Vision
+from stillgraph.chat_template import Message, Template, in_parts, read_template
+from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.kv_cache import Graphs
+from stillgraph.manifest import Manifest
+from stillgraph.sampling import Sampler, Sampling
+from stillgraph.session import Array
+from stillgraph.tokenizer import Stops, Stream, Text
+from stillgraph.vision.features import Vision
 
 if TYPE_CHECKING:
-    from runtime.vision.image_file import Source
+    from stillgraph.vision.image_file import Source
 
 FinishReason = Literal["stop", "length", "context"]
 Prompt = str | Sequence[int]

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
 
 EXPORT_EXTRA = frozenset({"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "safetensors"})
 

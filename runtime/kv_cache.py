@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from runtime.chunking import calls, fitting, units
-from runtime.manifest import GraphEntry
-from runtime.session import Array, Runner, empty, return_memory
-from runtime.spec import LayerSpec, Port
-from runtime.vision.embedder import Embedder
+from stillgraph.chunking import calls, fitting, units
+from stillgraph.manifest import GraphEntry
+from stillgraph.session import Array, Runner, empty, return_memory
+from stillgraph.spec import LayerSpec, Port
+from stillgraph.vision.embedder import Embedder
 
 Load = Callable[[GraphEntry], Runner]
 

@@ -9,21 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.compiled import Compiled, Found, find, set_options
-from runtime.cpu import available_cores, cpu_name, lacking
-from runtime.dynamic import GrowingGraph
-from runtime.engine import Engine
-from runtime.errors import StillgraphError
-from runtime.kv_cache import GraphPair, Graphs
-from runtime.manifest import GraphEntry, Manifest, check_files, read
-from runtime.page_cache import mappings, populate, read_in
-from runtime.session import Session, session_options
-from runtime.tokenizer import Text
-from runtime.vision.embedder import Embedder
-from runtime.vision.features import Vision
+from stillgraph.compiled import Compiled, Found, find, set_options
+from stillgraph.cpu import available_cores, cpu_name, lacking
+from stillgraph.dynamic import GrowingGraph
+from stillgraph.engine import Engine
+from stillgraph.errors import StillgraphError
+from stillgraph.kv_cache import GraphPair, Graphs
+from stillgraph.manifest import GraphEntry, Manifest, check_files, read
+from stillgraph.page_cache import mappings, populate, read_in
+from stillgraph.session import Session, session_options
+from stillgraph.tokenizer import Text
+from stillgraph.vision.embedder import Embedder
+from stillgraph.vision.features import Vision
 
 if TYPE_CHECKING:
-    from runtime.vision.preprocessor import Preprocessor
+    from stillgraph.vision.preprocessor import Preprocessor
 
 Load = Callable[[GraphEntry], Session]
 log = logging.getLogger("stillgraph")
@@ -87,7 +87,7 @@ def _vision(folder: Path, manifest: Manifest, open_graph: Load, one_at_a_time: b
 
     def preprocessor() -> Preprocessor:
         try:
-            from runtime.vision.preprocessor import Preprocessor
+            from stillgraph.vision.preprocessor import Preprocessor
         except ImportError as error:
             problem = f"images need Pillow ({error})"
             raise StillgraphError("read image", problem, "pip install 'stillgraph[vision]'") from error

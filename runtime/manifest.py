@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from runtime.errors import StillgraphError
-from runtime.spec import Frozen, GraphShape, ModelSpec, Port, input_ports, output_ports
+from stillgraph.errors import StillgraphError
+from stillgraph.spec import Frozen, GraphShape, ModelSpec, Port, input_ports, output_ports
 
 FORMAT_VERSION: Literal[3] = 3
 MANIFEST = "manifest.json"

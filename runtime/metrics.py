@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.engine import Step
+    from stillgraph.engine import Step
 
 SMAPS = Path("/proc/self/smaps_rollup")
 MB = 1e6

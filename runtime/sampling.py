@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import StillgraphError
-from runtime.session import Array
+from stillgraph.errors import StillgraphError
+from stillgraph.session import Array
 
 Processor = Callable[[Array, Sequence[int]], Array]  # (scores [V], ids so far) -> scores [V], a new array
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime.cpu import EXACT_SUMS
-from runtime.errors import StillgraphError
-from runtime.manifest import GraphEntry
-from runtime.spec import DType, Port
+from stillgraph.cpu import EXACT_SUMS
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import GraphEntry
+from stillgraph.spec import DType, Port
 
 Array = npt.NDArray[Any]
 NUMPY: dict[DType, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16}

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 UNFINISHED = "\ufffd"  # what a decoder gives for bytes that are not (yet) a character

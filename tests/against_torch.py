@@ -33,8 +33,8 @@ def greedy(args: argparse.Namespace) -> int:
     import torch
     from transformers import DynamicCache
 
-    from export.checkpoint import open_checkpoint
-    from runtime import load
+    from stillgraph import load
+    from stillgraph.exporter.checkpoint import open_checkpoint
 
     engine = load(args.bundle)
     ids = prompt_ids(args.prompt_tokens, engine.manifest.model.vocab_size)
@@ -62,7 +62,7 @@ def torch_run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from export.checkpoint import open_checkpoint
+    from stillgraph.exporter.checkpoint import open_checkpoint
 
     torch.set_num_threads(THREADS)
     model = open_checkpoint(args.checkpoint).load()
@@ -86,7 +86,7 @@ def torch_run(args: argparse.Namespace) -> int:
 def speed(args: argparse.Namespace) -> int:
     vocab = json.loads((Path(args.bundle) / "manifest.json").read_text())["model"]["vocab_size"]
     ids, count = prompt_ids(args.prompt_tokens, vocab), str(args.tokens)
-    run = [sys.executable, "-m", "runtime", "run", args.bundle, "--token-ids", ",".join(map(str, ids))]
+    run = [sys.executable, "-m", "stillgraph", "run", args.bundle, "--token-ids", ",".join(map(str, ids))]
     run += ["--max-new-tokens", count, "--threads", str(THREADS), "--json", "--quiet"]
     torch = [sys.executable, __file__, "torch", args.bundle, args.checkpoint, "--tokens", count]
     contenders = {

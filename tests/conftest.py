@@ -176,9 +176,9 @@ def tiny_bundle(
         fast_prefill: bool = False,
         **config: Any,
     ) -> Path:
-        from export.bundle.build import export
-        from export.config import request
-        from runtime.spec import GraphShape
+        from stillgraph.exporter.bundle.build import export
+        from stillgraph.exporter.config import request
+        from stillgraph.spec import GraphShape
 
         vision = None if config.get("family") in ("llava", "gemma3_vision") else False
 
@@ -210,7 +210,7 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    from export.families import families
+    from stillgraph.exporter.families import families
 
     folder.mkdir(parents=True)
     family = families()[raw["architectures"][0]]
@@ -264,7 +264,7 @@ def refused() -> Callable[..., AbstractContextManager[None]]:
 
     @contextmanager
     def check(stage: str, *words: str) -> Iterator[None]:
-        from runtime.errors import StillgraphError
+        from stillgraph.errors import StillgraphError
 
         with pytest.raises(StillgraphError) as caught:
             yield

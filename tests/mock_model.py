@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from runtime.engine import Engine
-from runtime.kv_cache import GraphPair
-from runtime.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights, WeightTensor
-from runtime.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
+from stillgraph.engine import Engine
+from stillgraph.kv_cache import GraphPair
+from stillgraph.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights, WeightTensor
+from stillgraph.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 CHAT = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"

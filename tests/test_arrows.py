@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("export", "patches", "runtime")
+# The import name of each folder. That of the runtime is the head of the others, so it comes last.
+PACKAGES = {"export": "stillgraph.exporter", "patches": "stillgraph.patches", "runtime": "stillgraph"}
 # What of the runtime is open to the export.
-OF_RUNTIME = {f"runtime.{name}" for name in ("compiled", "cpu", "errors", "exit_codes", "manifest", "spec")}
+OF_RUNTIME = {
+    f"stillgraph.{name}" for name in ("compiled", "cpu", "errors", "exit_codes", "manifest", "spec")
+}
 # What is open to the bench besides: it runs the engine.
-ENGINE = {"runtime.loading", "runtime.session"}
+ENGINE = {"stillgraph.loading", "stillgraph.session"}
 # The rooms of export/ from the ground up, and files beside them. Each imports only from lines above its own.
 ROOMS = (
     "__init__ config demo families ort staging",
@@ -45,11 +48,21 @@ def imported(source: str) -> Iterator[str]:
             yield "."
         elif isinstance(node, ast.ImportFrom):
             modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            submodules = [name for name in modules if is_module(ROOT.joinpath(*name.split(".")))]
+            submodules = [name for name in modules if is_module(name)]
             yield from submodules or [str(node.module)]
 
 
-def is_module(path: Path) -> bool:
+def folder_of(module: str) -> str | None:
+    """The folder of a module of ours; None of a library's, and of a folder's own name."""
+    names = PACKAGES.items()
+    return next((folder for folder, name in names if f"{module}.".startswith(f"{name}.")), None)
+
+
+def is_module(name: str) -> bool:
+    folder = folder_of(name)
+    if folder is None or name == "stillgraph":
+        return False
+    path = ROOT.joinpath(folder, *name.removeprefix(PACKAGES[folder]).split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
@@ -60,25 +73,28 @@ def room_of(path: Path) -> str:
 
 def upwards(room: str, source: str) -> list[str]:
     """What a file in a room of the export imports that is in no room below."""
-    others = [(name, name.split(".")[1]) for name in imported(source) if name.startswith("export.")]
+    head = PACKAGES["export"] + "."
+    ours = [name.removeprefix(head) for name in imported(source) if name.startswith(head)]
+    others = [(head + name, name.partition(".")[0]) for name in ours]
     return [name for name, other in others if other != room and FLOORS[other] >= FLOORS[room]]
 
 
 def wrong(folder: str, source: str) -> list[str]:
     """The imports of a file in `folder` that the arrows do not allow."""
     package = folder.partition("/")[0]
-    heads = [(name, name.partition(".")[0]) for name in imported(source)]
-    ours = [name for name, head in heads if head in PACKAGES and head != package]
-    relative = [name for name, _ in heads if name == "."]
-    heavy = [name for name, head in heads if head in HEAVY]
+    names = list(imported(source))
+    # A relative import, the names that are for users, and those of folders, which are none to import.
+    bad = [name for name in names if name in (".", "stillgraph") or name.partition(".")[0] in PACKAGES]
+    heavy = [name for name in names if name.partition(".")[0] in HEAVY]
+    ours = [name for name in names if name not in bad and folder_of(name) not in (None, package)]
     if folder == "export/bench":
-        return relative + heavy + [name for name in ours if name not in OF_RUNTIME | ENGINE]
+        return bad + heavy + [name for name in ours if name not in OF_RUNTIME | ENGINE]
     if package == "export":
         allowed = OF_RUNTIME | (ENGINE if folder == "export/bench/contenders" else set())
-        return relative + [name for name in ours if name not in allowed and not name.startswith("patches")]
+        return bad + [name for name in ours if name not in allowed and folder_of(name) != "patches"]
     if package == "runtime":
-        return relative + ours + heavy
-    return relative + ours
+        return bad + ours + heavy
+    return bad + ours
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -103,11 +119,19 @@ def test_every_room_has_a_floor() -> None:
 @pytest.mark.parametrize(
     ("room", "source", "names"),
     [
-        ("trace", "from export.bundle.build import export", ["export.bundle.build"]),
-        ("trace", "from export import bundle", ["export.bundle"]),
-        ("bundle", "def f():\n    from export.validate import cases", ["export.validate.cases"]),
-        ("bundle", "from export.bundle import inspection", []),
-        ("bundle", "from export.trace.tracing import convert", []),
+        (
+            "trace",
+            "from stillgraph.exporter.bundle.build import export",
+            ["stillgraph.exporter.bundle.build"],
+        ),
+        ("trace", "from stillgraph.exporter import bundle", ["stillgraph.exporter.bundle"]),
+        (
+            "bundle",
+            "def f():\n    from stillgraph.exporter.validate import cases",
+            ["stillgraph.exporter.validate.cases"],
+        ),
+        ("bundle", "from stillgraph.exporter.bundle import inspection", []),
+        ("bundle", "from stillgraph.exporter.trace.tracing import convert", []),
     ],
 )
 def test_an_import_that_is_not_downwards_is_seen(room, source, names) -> None:
@@ -117,18 +141,26 @@ def test_an_import_that_is_not_downwards_is_seen(room, source, names) -> None:
 @pytest.mark.parametrize(
     ("folder", "source", "names"),
     [
-        ("runtime", "import export.config", ["export.config"]),
+        ("runtime", "import stillgraph.exporter.config", ["stillgraph.exporter.config"]),
         ("runtime", "def f():\n    from torch import nn", ["torch"]),
         ("runtime", "import onnxruntime, numpy", []),
         ("runtime", "from . import spec", ["."]),
-        ("export", "from runtime import load", ["runtime"]),
-        ("export", "from runtime import spec", []),
-        ("export", "from runtime.engine import Engine", ["runtime.engine"]),
-        ("export/bench", "from runtime.loading import load\nimport torch", ["torch"]),
-        ("export/bench", "from runtime.engine import Engine", ["runtime.engine"]),
-        ("export/bench/contenders", "from runtime.loading import load\nimport torch", []),
-        ("export", "from runtime.manifest import read\nfrom patches.patch import applied", []),
-        ("patches", "from runtime.spec import Frozen", ["runtime.spec"]),
+        ("runtime", "from stillgraph import exporter", ["stillgraph.exporter"]),
+        ("runtime", "from stillgraph import patches", ["stillgraph.patches"]),
+        ("runtime", "from stillgraph import load", ["stillgraph"]),
+        *((package, f"from {name} import x", [name]) for package in PACKAGES for name in PACKAGES),
+        *((package, f"import {name}.x", [f"{name}.x"]) for package in PACKAGES for name in PACKAGES),
+        ("export", "from stillgraph import load", ["stillgraph"]),
+        ("export", "from stillgraph import spec", []),
+        ("export", "from stillgraph.engine import Engine", ["stillgraph.engine"]),
+        ("export/bench", "from stillgraph.loading import load\nimport torch", ["torch"]),
+        ("export/bench", "from stillgraph.engine import Engine", ["stillgraph.engine"]),
+        ("export/bench/contenders", "from stillgraph.loading import load\nimport torch", []),
+        ("export", "from stillgraph.manifest import read\nfrom stillgraph.patches.patch import applied", []),
+        ("patches", "from stillgraph.spec import Frozen", ["stillgraph.spec"]),
+        ("patches", "from stillgraph import spec", ["stillgraph.spec"]),
+        ("patches", "from stillgraph.exporter import config", ["stillgraph.exporter.config"]),
+        ("patches", "from stillgraph.patches.patch import Patch", []),
         ("patches", "import torch", []),
     ],
 )
@@ -152,13 +184,13 @@ def fresh(code: str) -> str:
 @pytest.mark.parametrize(
     "module",
     [
-        "runtime",
-        "runtime.cli",
-        "runtime.commands",
-        "export.cli",
-        "export.commands",
-        "export.__main__",
-        "export.bench.command",
+        "stillgraph",
+        "stillgraph.cli",
+        "stillgraph.commands",
+        "stillgraph.exporter.cli",
+        "stillgraph.exporter.commands",
+        "stillgraph.exporter.__main__",
+        "stillgraph.exporter.bench.command",
     ],
 )
 def test_an_import_brings_nothing_heavy(module) -> None:
@@ -180,7 +212,7 @@ def attributes():
 
 before = attributes()
 for name in {[path.stem for path in files("patches") if path.stem != "__init__"]}:
-    importlib.import_module("patches." + name)
+    importlib.import_module("stillgraph.patches." + name)
 print(before == attributes())
 """
     assert fresh(code) == "True"

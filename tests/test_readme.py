@@ -20,7 +20,7 @@ def test_commands_and_their_options_exist(command: str) -> None:
     words = shlex.split(command)[1:]
     verbs = words[:2] if words[0] == "export" else words[:1]
     help_text = subprocess.run(
-        [sys.executable, "-m", "runtime", *verbs, "--help"],
+        [sys.executable, "-m", "stillgraph", *verbs, "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -52,8 +52,8 @@ def test_files_of_the_tree_exist() -> None:
 
 
 def test_the_python_example_writes_text(tmp_path: Path) -> None:
-    from export.bundle.build import export
-    from export.config import decode_shape, prefill_shape, request
+    from stillgraph.exporter.bundle.build import export
+    from stillgraph.exporter.config import decode_shape, prefill_shape, request
 
     config = request(
         model="demo", target="portable", precision="fp32", batch=1, out=tmp_path / "artifacts/demo"

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
 
 PIECE = 1 << 24  # bytes that a thread takes at a time: handing out smaller ones takes as long as reading them
 SHARES = 4  # pieces a thread, at least, so that none waits long for the slowest

@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.bench.interleave import Entry, check, ids_of, measure, prepare, sweep
-from export.bench.lineup import Subject, lineup, open_subject
-from export.bench.report import Machine, Profile, Report, Result, Setting, ratio
-from export.bench.table import (
+from stillgraph.cpu import available_cores
+from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exporter.bench.interleave import Entry, check, ids_of, measure, prepare, sweep
+from stillgraph.exporter.bench.lineup import Subject, lineup, open_subject
+from stillgraph.exporter.bench.report import Machine, Profile, Report, Result, Setting, ratio
+from stillgraph.exporter.bench.table import (
     against,
     brief,
     brief_columns,
@@ -34,8 +36,6 @@ from export.bench.table import (
     markdown,
     told,
 )
-from runtime.cpu import available_cores
-from runtime.errors import CheckFailed, StillgraphError
 
 log = logging.getLogger("stillgraph")
 REFERENCES = ("torch", "dynamic")  # of --against; the first of them that ran is what ratios are over
@@ -160,7 +160,7 @@ class Bench:
         report = self.save()
         (self.out / "bench.md").write_text(markdown(report), encoding="utf-8")
         try:
-            from export.bench.page import page
+            from stillgraph.exporter.bench.page import page
 
             html = page(report, columns(report), [cells(result, report) for result in report.results])
         except StillgraphError as error:  # matplotlib is an extra
@@ -190,7 +190,7 @@ def _entries(
 
 def machine(threads: int) -> Machine:
     """This machine, and the bandwidth that a probe of a second finds."""
-    from export.bench.bandwidth import read_bandwidth
+    from stillgraph.exporter.bench.bandwidth import read_bandwidth
 
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -208,7 +208,7 @@ def machine(threads: int) -> Machine:
 
 
 def _profiles(bundle: Path, subject: Subject, setting: Setting) -> tuple[Profile, ...]:
-    from export.bench.op_profile import profiles
+    from stillgraph.exporter.bench.op_profile import profiles
 
     ids = ids_of(setting.model_copy(update={"image": None}), subject.manifest.model)
     return profiles(bundle, ids, setting.new_tokens, setting.threads)
@@ -228,7 +228,7 @@ def _tell(report: Report, out: Path, as_json: bool) -> None:
             table.add_row(*map(escape, brief(result, report)))
         console.print(table)
     for profile in report.profiles:
-        from export.bench.op_profile import hotspot_table
+        from stillgraph.exporter.bench.op_profile import hotspot_table
 
         console.print(hotspot_table(profile), markup=False)
     console.print(f"{out / 'bench.html'}, bench.md, bench.json", markup=False)

@@ -46,7 +46,7 @@ class Contender:
     name: what `--against` calls it; label: what people read; group: a word that names all of a kind at once.
     file: the script with `open_contender`; model: what it opens; options: words of its own kind. python: the
     interpreter. prepare: how the model is made. missing: why it cannot run here, with the command that helps.
-    exact: see `export.bench.report.Result`. sees: whether it takes a picture.
+    exact: see `stillgraph.exporter.bench.report.Result`. sees: whether it takes a picture.
     """
 
     name: str

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.bench.contender import Contender
-from export.bench.process import Turn, TurnFailed, take_turn
-from export.bench.report import Result, Setting
-from export.bench.worker import Request
-from runtime.errors import StillgraphError
-from runtime.spec import ModelSpec, VisionSpec
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bench.contender import Contender
+from stillgraph.exporter.bench.process import Turn, TurnFailed, take_turn
+from stillgraph.exporter.bench.report import Result, Setting
+from stillgraph.exporter.bench.worker import Request
+from stillgraph.spec import ModelSpec, VisionSpec
 
 FIRST_ID = 10  # below it lie the special tokens of most vocabularies
 BEFORE = 4  # tokens of a prompt before its picture

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from export.bench.contender import Contender, Source, others
-from export.bench.variants import as_contender, base_name, form, subject
-from runtime.errors import StillgraphError
-from runtime.manifest import MANIFEST, Manifest, read
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bench.contender import Contender, Source, others
+from stillgraph.exporter.bench.variants import as_contender, base_name, form, subject
+from stillgraph.manifest import MANIFEST, Manifest, read
 
 STAGE = "bench"
 ALL = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from export.bench.report import Report, Result, Run
+from stillgraph.exporter.bench.report import Report, Result, Run
 
 SWEPT = {
     "prompt_tokens": "tokens of the prompt",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from export.bench.measures import Measure, at_first_setting, memory_measure, tpot, ttft
-from export.bench.report import Report, Result
+from stillgraph.exporter.bench.measures import Measure, at_first_setting, memory_measure, tpot, ttft
+from stillgraph.exporter.bench.report import Report, Result
 
 ROW = 26  # pixels of height for a bar and its gap
 CHART = """```mermaid

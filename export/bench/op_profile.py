@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.bench.report import Hotspot, Profile
-from runtime.errors import CheckFailed, StillgraphError
-from runtime.loading import load
+from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exporter.bench.report import Hotspot, Profile
+from stillgraph.loading import load
 
 STAGE = "profile"
 WARM_UP = 2  # decode steps of the request that is not counted

@@ -8,9 +8,9 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from export.bench.measures import Measure, at_first_setting, memory_measure, swept, tpot, ttft
-from export.bench.plots import figures
-from export.bench.report import Report, Result, ratio
+from stillgraph.exporter.bench.measures import Measure, at_first_setting, memory_measure, swept, tpot, ttft
+from stillgraph.exporter.bench.plots import figures
+from stillgraph.exporter.bench.report import Report, Result, ratio
 
 GLOSSARY = (
     ("TTFT", "time to first token: from the request to its first token, in ms; of a run, of three requests"),
@@ -43,7 +43,7 @@ def page(report: Report, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
     label, the last the note. StillgraphError where matplotlib is not installed.
     """
     plots = [(plot, Markup(plot.svg)) for plot in figures(report)]
-    source = resources.files("export.bench").joinpath("page.html.j2").read_text(encoding="utf-8")
+    source = resources.files("stillgraph.exporter.bench").joinpath("page.html.j2").read_text(encoding="utf-8")
     html: str = jinja2.Template(source, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
         report=report,
         headline=headline(report),

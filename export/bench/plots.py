@@ -11,11 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from export.bench.measures import SWEPT, Measure, at_first_setting, memory_measure, swept, tpot, ttft
-from export.bench.report import Hotspot, Report, Result, Setting, Spread
-from export.bench.style import COLOURS, INK, WIDTH, Drawn, grid, legend, line, new, style, svg
-from export.bench.timeline import memory_over_time, positions
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bench.measures import (
+    SWEPT,
+    Measure,
+    at_first_setting,
+    memory_measure,
+    swept,
+    tpot,
+    ttft,
+)
+from stillgraph.exporter.bench.report import Hotspot, Report, Result, Setting, Spread
+from stillgraph.exporter.bench.style import COLOURS, INK, WIDTH, Drawn, grid, legend, line, new, style, svg
+from stillgraph.exporter.bench.timeline import memory_over_time, positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from export.bench.contender import Contender
-from export.bench.report import Memory, Run
-from export.bench.worker import KIB, Request, busy_seconds
+from stillgraph.exporter.bench.contender import Contender
+from stillgraph.exporter.bench.report import Memory, Run
+from stillgraph.exporter.bench.worker import KIB, Request, busy_seconds
 
 HARNESS = Path(__file__).with_name("worker.py")
 DISTURBED = 0.1  # cores that others used: above it, spinning threads of a contender wait for each other

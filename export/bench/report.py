@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from runtime.spec import Frozen
+from stillgraph.spec import Frozen
 
 Phase = Literal["load", "first request", "request"]
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from export.bench.report import Report, Result
+from stillgraph.exporter.bench.report import Report, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

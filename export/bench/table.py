@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from export.bench.mermaid import charts
-from export.bench.process import DISTURBED
-from export.bench.report import Report, Result, Run, Setting, Spread, ratio, tpot_percentile
+from stillgraph.exporter.bench.mermaid import charts
+from stillgraph.exporter.bench.process import DISTURBED
+from stillgraph.exporter.bench.report import Report, Result, Run, Setting, Spread, ratio, tpot_percentile
 
 NOTHING = "-"
 BRIEF = (

@@ -6,9 +6,9 @@ import statistics
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from export.bench.measures import at_first_setting
-from export.bench.report import Memory, Report
-from export.bench.style import INK, Drawn, colours, grid, legend, line, new
+from stillgraph.exporter.bench.measures import at_first_setting
+from stillgraph.exporter.bench.report import Memory, Report
+from stillgraph.exporter.bench.style import INK, Drawn, colours, grid, legend, line, new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,9 +13,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from export.bench.contender import Contender, Making, Source
-from runtime.compiled import find
-from runtime.manifest import MANIFEST, Manifest
+from stillgraph.compiled import find
+from stillgraph.exporter.bench.contender import Contender, Making, Source
+from stillgraph.manifest import MANIFEST, Manifest
 
 NAME = re.compile(
     r"(?P<target>dynamic|portable|onnxruntime)(-(?P<precision>fp16|int8|int4))?(-b(?P<block>32|64))?"
@@ -96,4 +96,4 @@ def base_name(manifest: Manifest) -> str:
 
 
 def _stillgraph(command: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "runtime", command)
+    return (sys.executable, "-P", "-m", "stillgraph", command)

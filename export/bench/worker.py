@@ -2,8 +2,7 @@
 
 Runs in the environment of every contender, so it needs nothing but Python and imports nothing of ours. The
 contender's file has a function `open_contender(request)` that returns a loaded `Contender`. The last line on
-stdout is a row of JSON, the keys of `export.bench.report.Run` less `turn`, and what the contender says of
-itself.
+stdout is a row of JSON, the keys of `Run` in report.py less `turn`, and what the contender says of itself.
 """
 
 from __future__ import annotations

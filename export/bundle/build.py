@@ -11,9 +11,10 @@ from pathlib import Path
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from export import weights
-from export.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_json
-from export.config import (
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter import weights
+from stillgraph.exporter.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_json
+from stillgraph.exporter.config import (
     ExportConfig,
     Say,
     check_fits_bundle,
@@ -22,14 +23,13 @@ from export.config import (
     with_int8_prefill,
     with_pictures,
 )
-from export.ir.fold_weights import Weight, take_out, take_out_constants
-from export.ir.node_names import name_the_rest
-from export.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
-from export.quantize.lower import Plan, lower
-from export.staging import staged
-from export.trace.tracing import convert
-from runtime.errors import StillgraphError
-from runtime.manifest import (
+from stillgraph.exporter.ir.fold_weights import Weight, take_out, take_out_constants
+from stillgraph.exporter.ir.node_names import name_the_rest
+from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
+from stillgraph.exporter.quantize.lower import Plan, lower
+from stillgraph.exporter.staging import staged
+from stillgraph.exporter.trace.tracing import convert
+from stillgraph.manifest import (
     MANIFEST,
     Alias,
     File,
@@ -42,7 +42,7 @@ from runtime.manifest import (
     read,
     sha256,
 )
-from runtime.spec import GraphShape, input_ports, output_ports, past_names, present_names
+from stillgraph.spec import GraphShape, input_ports, output_ports, past_names, present_names
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxsim", "onnx-ir", "stillgraph")
 SIMPLIFY_REPORT = "reports/simplify.json"

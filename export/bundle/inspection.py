@@ -13,11 +13,11 @@ import onnx
 from rich.markup import escape
 from rich.table import Table
 
-from export.compile.kernel_choice import product_table
-from runtime.compiled import Found, Products, find
-from runtime.errors import StillgraphError
-from runtime.manifest import GraphEntry, Manifest, Quantisation, Validation, check_files, read
-from runtime.spec import ITEM_SIZE, Frozen, GraphShape, LayerKind, cache_shape
+from stillgraph.compiled import Found, Products, find
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.compile.kernel_choice import product_table
+from stillgraph.manifest import GraphEntry, Manifest, Quantisation, Validation, check_files, read
+from stillgraph.spec import ITEM_SIZE, Frozen, GraphShape, LayerKind, cache_shape
 
 STAGE = "inspect"
 MB = 1e6

@@ -8,14 +8,14 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from export import weights
-from export.bundle.build import SIMPLIFY_REPORT, carry_over, describe
-from export.config import Say
-from export.ir.simplify import SimplifyReport, as_report, same_outputs, simplify
-from export.staging import staged
-from runtime.errors import StillgraphError
-from runtime.manifest import MANIFEST, File, GraphEntry, Manifest, check_files, read
-from runtime.spec import Frozen
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter import weights
+from stillgraph.exporter.bundle.build import SIMPLIFY_REPORT, carry_over, describe
+from stillgraph.exporter.config import Say
+from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, same_outputs, simplify
+from stillgraph.exporter.staging import staged
+from stillgraph.manifest import MANIFEST, File, GraphEntry, Manifest, check_files, read
+from stillgraph.spec import Frozen
 
 STAGE = "simplify"
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime.errors import CheckFailed
-from runtime.manifest import GraphEntry
+from stillgraph.errors import CheckFailed
+from stillgraph.manifest import GraphEntry
 
 Array = npt.NDArray[Any]
 Variant = tuple[Path, ort.SessionOptions]  # a graph file and how to open it

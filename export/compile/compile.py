@@ -19,11 +19,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
-from export.compile import kernel_choice
-from export.compile.check import compare
-from export.compile.prepacked import PackedFile, Place, external, locate, pack_largest_first, take_in
-from export.staging import staged_file
-from runtime.compiled import (
+from stillgraph.compiled import (
     COMPILED,
     DESCRIPTION,
     Compiled,
@@ -32,10 +28,21 @@ from runtime.compiled import (
     read,
     set_options,
 )
-from runtime.cpu import EXACT_SUMS, available_cores, cpu_name
-from runtime.errors import CheckFailed, StillgraphError
-from runtime.manifest import File, GraphEntry, Manifest, check_files, sha256
-from runtime.manifest import read as read_manifest
+from stillgraph.cpu import EXACT_SUMS, available_cores, cpu_name
+from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exporter.compile import kernel_choice
+from stillgraph.exporter.compile.check import compare
+from stillgraph.exporter.compile.prepacked import (
+    PackedFile,
+    Place,
+    external,
+    locate,
+    pack_largest_first,
+    take_in,
+)
+from stillgraph.exporter.staging import staged_file
+from stillgraph.manifest import File, GraphEntry, Manifest, check_files, sha256
+from stillgraph.manifest import read as read_manifest
 
 STAGE = "compile"
 MIN_EXTERNAL = 1024  # bytes; smaller weights stay inside the graph's file

@@ -18,14 +18,14 @@ import onnxruntime as ort
 import torch
 from rich.table import Table
 
-from export.ir.fold_weights import Recipe
-from export.quantize import nodes as ops
-from export.quantize.layouts import Matrix, Part
-from export.quantize.lower import BITS, IR_VERSION
-from export.quantize.rounding import Format, Quantised, quantise
-from runtime.compiled import Form, Products, ProductTime
-from runtime.cpu import EXACT_SUMS
-from runtime.manifest import GraphEntry, Manifest
+from stillgraph.compiled import Form, Products, ProductTime
+from stillgraph.cpu import EXACT_SUMS
+from stillgraph.exporter.ir.fold_weights import Recipe
+from stillgraph.exporter.quantize import nodes as ops
+from stillgraph.exporter.quantize.layouts import Matrix, Part
+from stillgraph.exporter.quantize.lower import BITS, IR_VERSION
+from stillgraph.exporter.quantize.rounding import Format, Quantised, quantise
+from stillgraph.manifest import GraphEntry, Manifest
 
 # Enough matrices that none is in a cache of the CPU when its turn comes again, as in a step of a model.
 STREAMED = 96 << 20  # bytes

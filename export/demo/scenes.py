@@ -1,6 +1,8 @@
 """Drawn pictures of coloured shapes, and questions about them with one right answer each.
 
-    python -m export.demo.scenes scene.png [--seed 0]   draw one that no training saw, print what can be asked
+    python -m stillgraph.exporter.demo.scenes scene.png [--seed 0]
+
+draws one that no training saw, and prints what can be asked about it.
 
 Everything follows from a seed. One tenth of all scenes is held out: no training picture shows one of them, so
 a right answer to a held-out picture was read from it.

@@ -1,7 +1,7 @@
 """Train the demo checkpoint, a small Gemma 3, on generated stories, then score its recall.
 
-    python -m export.demo.train_text --out DIR [--seed 0] [--minutes 25]    train, save, score
-    python -m export.demo.train_text --score-only                           score the checkpoint that ships
+    python -m stillgraph.exporter.demo.train_text --out DIR [--seed 0] [--minutes 25]    train, save, score
+    python -m stillgraph.exporter.demo.train_text --score-only                           score what ships
 
 A held-out question counts as right when greedy decoding gives its whole answer. The same questions are
 asked again with every global layer held to the window of the others, to show which layers recall.
@@ -33,8 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from export.demo import stories as st
-from export.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, tokenizer_of
+from stillgraph.exporter.demo import stories as st
+from stillgraph.exporter.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, tokenizer_of
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 VOCABULARY = 1024

@@ -1,7 +1,7 @@
 """Train the demo checkpoint that sees, a small Gemma 3 with a SigLIP tower, on the pictures of scenes.py.
 
-    python -m export.demo.train_vision --out DIR [--seed 0] [--minutes 40]    train, save, score
-    python -m export.demo.train_vision --score-only                           score the checkpoint that ships
+    python -m stillgraph.exporter.demo.train_vision --out DIR [--seed 0] [--minutes 40]    train, save, score
+    python -m stillgraph.exporter.demo.train_vision --score-only                           score what ships
 
 A held-out question counts as right when greedy decoding gives its whole answer. The same questions are asked
 again with the picture preprocessed wrongly, to show which mistakes its answers betray.
@@ -36,9 +36,9 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from export.demo.scenes import CELLS, COLOURS, CONTENTS, PLACES, SHAPES, Question, Scene, scenes
-from export.demo.tokenizer import SPECIAL, tokenizer_of
-from export.demo.train_text import save
+from stillgraph.exporter.demo.scenes import CELLS, COLOURS, CONTENTS, PLACES, SHAPES, Question, Scene, scenes
+from stillgraph.exporter.demo.tokenizer import SPECIAL, tokenizer_of
+from stillgraph.exporter.demo.train_text import save
 
 CHECKPOINT = Path(__file__).parent / "demo_vision_checkpoint"
 VOCABULARY = 512

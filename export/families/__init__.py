@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from patches.patch import Patch
-from runtime.spec import LayerKind, LayerSpec, ModelSpec
+from stillgraph.patches.patch import Patch
+from stillgraph.spec import LayerKind, LayerSpec, ModelSpec
 
 Masks = Mapping[str, Tensor | None]
 

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from export.families import Family, decoder_spec, refuse_heads, refuse_layers, refuse_rope
-from patches.fused_attention import FUSED_ATTENTION
-from patches.fused_mlp import FUSED_MLP
-from patches.half_weights import HALF_EMBEDDING, HALF_LINEAR, HALF_TIED_EMBEDDING
-from patches.patch import Patch
-from patches.rms_norm import RMS_NORM
-from patches.rms_normalization import RMS_NORMALIZATION
-from patches.tied_embedding import TIED_EMBEDDING
+from stillgraph.exporter.families import Family, decoder_spec, refuse_heads, refuse_layers, refuse_rope
+from stillgraph.patches.fused_attention import FUSED_ATTENTION
+from stillgraph.patches.fused_mlp import FUSED_MLP
+from stillgraph.patches.half_weights import HALF_EMBEDDING, HALF_LINEAR, HALF_TIED_EMBEDDING
+from stillgraph.patches.patch import Patch
+from stillgraph.patches.rms_norm import RMS_NORM
+from stillgraph.patches.rms_normalization import RMS_NORMALIZATION
+from stillgraph.patches.tied_embedding import TIED_EMBEDDING
 
 ROPE_TYPES = ("default", "linear")
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from export.families import Family, own_text, refuse_parts
-from export.families.gemma3 import FAMILY as TEXT
-from patches.patch import Patch
-from runtime.spec import ModelSpec, VisionSpec
+from stillgraph.exporter.families import Family, own_text, refuse_parts
+from stillgraph.exporter.families.gemma3 import FAMILY as TEXT
+from stillgraph.patches.patch import Patch
+from stillgraph.spec import ModelSpec, VisionSpec
 
 ARCHITECTURE = "Gemma3ForConditionalGeneration"
 TOWER = "siglip_vision_model"

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from export.families import Family, Masks, own_text, refuse_parts
-from export.families.llama import FAMILY as LLAMA
-from export.families.qwen2 import FAMILY as QWEN2
-from patches.patch import Patch
-from runtime.spec import ModelSpec, VisionSpec
+from stillgraph.exporter.families import Family, Masks, own_text, refuse_parts
+from stillgraph.exporter.families.llama import FAMILY as LLAMA
+from stillgraph.exporter.families.qwen2 import FAMILY as QWEN2
+from stillgraph.patches.patch import Patch
+from stillgraph.spec import ModelSpec, VisionSpec
 
 TEXT = {family.model_type: family for family in (QWEN2, LLAMA)}
 TOWER = "clip_vision_model"

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from export.families import Family, decoder_spec, refuse_heads, refuse_layers, refuse_rope
-from patches.fused_attention import QWEN2_FUSED_ATTENTION
-from patches.fused_mlp import QWEN2_FUSED_MLP
-from patches.half_weights import HALF_LINEAR, PLAIN_HALF_EMBEDDING, PLAIN_HALF_TIED_EMBEDDING
-from patches.patch import Patch
-from patches.rms_norm import QWEN2_RMS_NORM
-from patches.rms_normalization import QWEN2_RMS_NORMALIZATION
-from patches.tied_embedding import PLAIN_TIED_EMBEDDING
+from stillgraph.exporter.families import Family, decoder_spec, refuse_heads, refuse_layers, refuse_rope
+from stillgraph.patches.fused_attention import QWEN2_FUSED_ATTENTION
+from stillgraph.patches.fused_mlp import QWEN2_FUSED_MLP
+from stillgraph.patches.half_weights import HALF_LINEAR, PLAIN_HALF_EMBEDDING, PLAIN_HALF_TIED_EMBEDDING
+from stillgraph.patches.patch import Patch
+from stillgraph.patches.rms_norm import QWEN2_RMS_NORM
+from stillgraph.patches.rms_normalization import QWEN2_RMS_NORMALIZATION
+from stillgraph.patches.tied_embedding import PLAIN_TIED_EMBEDDING
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies that no length of a text changes
 

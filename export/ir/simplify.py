@@ -17,10 +17,10 @@ import onnxscript.optimizer
 import onnxsim
 from onnx_ir.passes import common
 
-from export.ort import open_graph, run
-from runtime.errors import CheckFailed
-from runtime.manifest import Alias
-from runtime.spec import NEW, PAST, Frozen
+from stillgraph.errors import CheckFailed
+from stillgraph.exporter.ort import open_graph, run
+from stillgraph.manifest import Alias
+from stillgraph.spec import NEW, PAST, Frozen
 
 FORBIDDEN = frozenset(
     "If Loop Scan NonZero Unique Optional SequenceAt SequenceConstruct SequenceEmpty SequenceInsert"

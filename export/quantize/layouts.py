@@ -15,8 +15,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from export.ir.fold_weights import Recipe, Step, Tensors
-from export.quantize.rounding import Format, Quantised, quantise
+from stillgraph.exporter.ir.fold_weights import Recipe, Step, Tensors
+from stillgraph.exporter.quantize.rounding import Format, Quantised, quantise
 
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from export.ir.fold_weights import Recipe, Weight
-from export.quantize import nodes as ops
-from export.quantize.layouts import Matrix, matrix_of
-from export.quantize.rounding import Bits, Format
-from runtime.manifest import Precision, Quantisation, Target
-from runtime.spec import GraphShape
+from stillgraph.exporter.ir.fold_weights import Recipe, Weight
+from stillgraph.exporter.quantize import nodes as ops
+from stillgraph.exporter.quantize.layouts import Matrix, matrix_of
+from stillgraph.exporter.quantize.rounding import Bits, Format
+from stillgraph.manifest import Precision, Quantisation, Target
+from stillgraph.spec import GraphShape
 
 BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
 RISING: tuple[Precision, ...] = ("int4", "int8", "fp32")

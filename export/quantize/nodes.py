@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from export.ir.node_names import name_after
-from export.quantize import layouts
-from export.quantize.layouts import Matrix, Part
+from stillgraph.exporter.ir.node_names import name_after
+from stillgraph.exporter.quantize import layouts
+from stillgraph.exporter.quantize.layouts import Matrix, Part
 
 MICROSOFT = "com.microsoft"
 ACCURACY = 4  # MatMulNBits: activations in int8, one scale for each block of them

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
 
 STAGE = "quantise"
 Bits = Literal[4, 8]

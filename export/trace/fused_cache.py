@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from runtime.spec import GraphShape, ModelSpec
+from stillgraph.spec import GraphShape, ModelSpec
 
 GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
 ROTARY_MULTIPLE = 16  # of the RoPE inside the op; other heads are rotated before it

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.families import Family
-from export.trace.attention import additive_mask
-from export.trace.dynamic_cache import GrowingCache
-from export.trace.fused_cache import FusedCache
-from export.trace.image_cache import PictureCache
-from export.trace.static_cache import StaticCache, same_picture, visible
-from runtime.spec import GraphShape, ModelSpec, marks_pictures
+from stillgraph.exporter.families import Family
+from stillgraph.exporter.trace.attention import additive_mask
+from stillgraph.exporter.trace.dynamic_cache import GrowingCache
+from stillgraph.exporter.trace.fused_cache import FusedCache
+from stillgraph.exporter.trace.image_cache import PictureCache
+from stillgraph.exporter.trace.static_cache import StaticCache, same_picture, visible
+from stillgraph.spec import GraphShape, ModelSpec, marks_pictures
 
 
 def masks(

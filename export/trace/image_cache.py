@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from export.trace.attention import additive_mask, portable_attention
-from export.trace.fused_cache import FusedCache
-from export.trace.static_cache import same_picture, visible
-from runtime.spec import LayerSpec
+from stillgraph.exporter.trace.attention import additive_mask, portable_attention
+from stillgraph.exporter.trace.fused_cache import FusedCache
+from stillgraph.exporter.trace.static_cache import same_picture, visible
+from stillgraph.spec import LayerSpec
 
 NOWHERE = 2**30  # the position of a slot that holds nothing: behind every query
 

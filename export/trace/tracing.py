@@ -12,15 +12,15 @@ import onnx_ir as ir
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from export.checkpoint import Checkpoint, parameter_names
-from export.ir.node_names import name_by_module
-from export.trace.attention import portable_attention
-from export.trace.graphs import GRAPHS
-from patches import fused_mlp
-from patches.half_weights import HALF_LINEAR
-from patches.patch import Patch, applied
-from runtime.manifest import Precision, Target
-from runtime.spec import NEW, PAST, GraphShape, Port, input_ports, output_ports
+from stillgraph.exporter.checkpoint import Checkpoint, parameter_names
+from stillgraph.exporter.ir.node_names import name_by_module
+from stillgraph.exporter.trace.attention import portable_attention
+from stillgraph.exporter.trace.graphs import GRAPHS
+from stillgraph.manifest import Precision, Target
+from stillgraph.patches import fused_mlp
+from stillgraph.patches.half_weights import HALF_LINEAR
+from stillgraph.patches.patch import Patch, applied
+from stillgraph.spec import NEW, PAST, GraphShape, Port, input_ports, output_ports
 
 OPSET = {"portable": 20, "onnxruntime": 23}  # 23 has RMSNormalization
 ATTENTION = "stillgraph_portable"

@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from export.demo.stories import held_out
-from export.validate import image
-from export.validate.report import TextKind
-from runtime.errors import StillgraphError
-from runtime.manifest import Manifest
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.demo.stories import held_out
+from stillgraph.exporter.validate import image
+from stillgraph.exporter.validate.report import TextKind
+from stillgraph.manifest import Manifest
 
 STEPS = 3  # decode steps after each prompt
 ROW_STAGGER = 5  # rows of a batch differ by this many prompt tokens

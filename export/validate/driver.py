@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from export.ort import open_graph, run
-from export.validate import image
-from runtime.manifest import GraphEntry, Manifest
-from runtime.spec import marks_pictures, past_names, present_names
+from stillgraph.exporter.ort import open_graph, run
+from stillgraph.exporter.validate import image
+from stillgraph.manifest import GraphEntry, Manifest
+from stillgraph.spec import marks_pictures, past_names, present_names
 
 POISON = 1e4  # far over any key or value, and finite, as a slot left by a former prompt would be
 Cache = dict[str, np.ndarray]  # buffers [B, KV, C, D] by input name; a call replaces or overwrites them
@@ -24,7 +24,7 @@ class GraphRun:
 
     optimised: as a runtime would run them, ONNX Runtime's own optimisations on and quantised weights in the
     kernels that are made for them; else every op as it is written. features: of the picture in the text, as
-    `export.validate.image` puts it there.
+    `stillgraph.exporter.validate.image` puts it there.
     """
 
     def __init__(

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from export.config import Say
-from export.ort import DTYPES, open_graph
-from export.validate.cases import STEPS, Plan, limit
-from export.validate.metrics import Comparison, cache_error, compare
-from export.validate.reference import Reference
-from export.validate.report import CaseResult
-from runtime.manifest import GraphEntry, Manifest
-from runtime.spec import PAST
+from stillgraph.exporter.config import Say
+from stillgraph.exporter.ort import DTYPES, open_graph
+from stillgraph.exporter.validate.cases import STEPS, Plan, limit
+from stillgraph.exporter.validate.metrics import Comparison, cache_error, compare
+from stillgraph.exporter.validate.reference import Reference
+from stillgraph.exporter.validate.report import CaseResult
+from stillgraph.manifest import GraphEntry, Manifest
+from stillgraph.spec import PAST
 
 
 class GrowingReplay:

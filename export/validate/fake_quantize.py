@@ -8,10 +8,10 @@ from itertools import product
 
 import torch
 
-from export.quantize.lower import Plan
-from export.quantize.rounding import Format, quantise
-from runtime.errors import CheckFailed
-from runtime.manifest import Manifest
+from stillgraph.errors import CheckFailed
+from stillgraph.exporter.quantize.lower import Plan
+from stillgraph.exporter.quantize.rounding import Format, quantise
+from stillgraph.manifest import Manifest
 
 BLOCKED = ("packed", "columns")  # parts of a weight in blocks, of which each stored one has one
 TURNED = ".transpose"  # of a name: a matrix that the checkpoint has with a column for each output

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from export.ort import open_graph
-from runtime.manifest import Manifest
-from runtime.spec import VisionSpec
+from stillgraph.exporter.ort import open_graph
+from stillgraph.manifest import Manifest
+from stillgraph.spec import VisionSpec
 
 BEFORE = 4  # tokens before the picture
 NUMBER = 1  # of the picture, among those of a call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.spec import Frozen
+from stillgraph.spec import Frozen
 
 
 class Comparison(Frozen):

@@ -14,8 +14,8 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from export.validate.report import COLUMNS, Parity, case_row
-from runtime.manifest import Manifest
+from stillgraph.exporter.validate.report import COLUMNS, Parity, case_row
+from stillgraph.manifest import Manifest
 
 INK = "#808691"  # reads on white and on black
 COLOURS = {True: "#3b82f6", False: "#f59e0b"}

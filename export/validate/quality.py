@@ -1,7 +1,7 @@
 """What quantised weights cost, from divergences at many positions and the demo's questions.
 
 Not the graph's error: that is measured against PyTorch with the same quantised weights
-(`export.validate.report`).
+(`stillgraph.exporter.validate.report`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from export.demo.stories import held_out
-from export.validate.cases import limit, max_len
-from export.validate.driver import Cache, GraphRun
-from export.validate.metrics import Divergence, diverge
-from export.validate.reference import Reference
-from runtime.manifest import Manifest, Precision, Quality
+from stillgraph.exporter.demo.stories import held_out
+from stillgraph.exporter.validate.cases import limit, max_len
+from stillgraph.exporter.validate.driver import Cache, GraphRun
+from stillgraph.exporter.validate.metrics import Divergence, diverge
+from stillgraph.exporter.validate.reference import Reference
+from stillgraph.manifest import Manifest, Precision, Quality
 
 # What a precision may cost: mean KL divergence in nats, and perplexity over the checkpoint's. The demo loses
 # 1.6e-5 nats at int8 and 1.3e-3 at int4; the 1B geometry with random weights, the hardest to round, loses
@@ -80,7 +80,7 @@ def walked(manifest: Manifest, end: int) -> set[int]:
 
 def recall(bundle: Path, manifest: Manifest, model: PreTrainedModel) -> tuple[float, float]:
     """Share of the demo's held-out questions that the bundle and the checkpoint answer word for word."""
-    from export.demo.train_text import Recall, right
+    from stillgraph.exporter.demo.train_text import Recall, right
 
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     far, room = max(manifest.model.windows, default=0), limit(manifest)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from export.validate import image as picture
-from runtime.spec import VisionSpec
+from stillgraph.exporter.validate import image as picture
+from stillgraph.spec import VisionSpec
 
 CHUNK = 128  # tokens a step of the reference pass, so that logits of a long text are never all in memory
 
@@ -41,8 +41,7 @@ def reference(
 ) -> Reference:
     """Run the original model over `ids` [B, N]; keep the logits at `positions`.
 
-    vision: of a text with the picture of `export.validate.image` in it, which is given whole with the first
-    chunk.
+    vision: of a text with the picture of image.py in it, which is given whole with the first chunk.
     """
     # Without a config every layer keeps all keys; the sliding layers still see only their window, by mask.
     cache = DynamicCache()

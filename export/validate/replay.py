@@ -11,15 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-from export.config import Say
-from export.validate import image
-from export.validate.cases import ROW_STAGGER, STEPS, Plan, continues, limit, max_len
-from export.validate.driver import Cache, GraphRun
-from export.validate.metrics import Comparison, cache_error, compare
-from export.validate.reference import Reference
-from export.validate.report import CaseResult
-from runtime.manifest import Manifest
-from runtime.spec import past_names
+from stillgraph.exporter.config import Say
+from stillgraph.exporter.validate import image
+from stillgraph.exporter.validate.cases import ROW_STAGGER, STEPS, Plan, continues, limit, max_len
+from stillgraph.exporter.validate.driver import Cache, GraphRun
+from stillgraph.exporter.validate.metrics import Comparison, cache_error, compare
+from stillgraph.exporter.validate.reference import Reference
+from stillgraph.exporter.validate.report import CaseResult
+from stillgraph.manifest import Manifest
+from stillgraph.spec import past_names
 
 
 @dataclass

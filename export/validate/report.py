@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 from rich.table import Table
 
-from export.validate.metrics import Comparison
-from runtime.manifest import Precision, Quality, Validation
-from runtime.spec import Frozen, ModelSpec
+from stillgraph.exporter.validate.metrics import Comparison
+from stillgraph.manifest import Precision, Quality, Validation
+from stillgraph.spec import Frozen, ModelSpec
 
 TextKind = Literal["random", "text", "picture"]
 SMALLEST_PUBLISHED = 640  # hidden size of the smallest published Gemma 3

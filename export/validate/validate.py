@@ -13,20 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from export.checkpoint import DEMO, Checkpoint, open_checkpoint
-from export.config import Say
-from export.staging import staged_file
-from export.validate.cases import Depth, Plan, limit, make_plans, positions, random_ids, text_ids
-from export.validate.dynamic_replay import GrowingReplay
-from export.validate.fake_quantize import dequantise
-from export.validate.image import with_picture
-from export.validate.page import write_page
-from export.validate.quality import recall, summarise, walk, walked
-from export.validate.reference import reference
-from export.validate.replay import Replay
-from export.validate.report import CaseResult, Parity, TextKind, bound
-from runtime.errors import StillgraphError
-from runtime.manifest import MANIFEST, Manifest, Quality, check_files, read
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.checkpoint import DEMO, Checkpoint, open_checkpoint
+from stillgraph.exporter.config import Say
+from stillgraph.exporter.staging import staged_file
+from stillgraph.exporter.validate.cases import Depth, Plan, limit, make_plans, positions, random_ids, text_ids
+from stillgraph.exporter.validate.dynamic_replay import GrowingReplay
+from stillgraph.exporter.validate.fake_quantize import dequantise
+from stillgraph.exporter.validate.image import with_picture
+from stillgraph.exporter.validate.page import write_page
+from stillgraph.exporter.validate.quality import recall, summarise, walk, walked
+from stillgraph.exporter.validate.reference import reference
+from stillgraph.exporter.validate.replay import Replay
+from stillgraph.exporter.validate.report import CaseResult, Parity, TextKind, bound
+from stillgraph.manifest import MANIFEST, Manifest, Quality, check_files, read
 
 STAGE = "validate"
 QUICK_WALK = 256  # tokens of a text for the quality of weights

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from runtime.chunking import numbered
-from runtime.manifest import GraphEntry
-from runtime.session import Array, Runner, empty
+from stillgraph.chunking import numbered
+from stillgraph.manifest import GraphEntry
+from stillgraph.session import Array, Runner, empty
 
 Fill = Callable[[Sequence[int], Array], None]
 

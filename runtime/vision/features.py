@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.errors import StillgraphError
-from runtime.manifest import GraphEntry
-from runtime.session import Array, Runner, empty, return_memory
-from runtime.spec import VisionSpec
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import GraphEntry
+from stillgraph.session import Array, Runner, empty, return_memory
+from stillgraph.spec import VisionSpec
 
 if TYPE_CHECKING:
-    from runtime.vision.preprocessor import Preprocessor, Source
+    from stillgraph.vision.preprocessor import Preprocessor, Source
 
 Load = Callable[[GraphEntry], Runner]
 STAGE = "read prompt"

@@ -8,7 +8,7 @@ from typing import IO, NoReturn, TypeAlias
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
 
 Source: TypeAlias = "str | Path | bytes | Image.Image"
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from runtime.vision.image_file import check_size, reason, refuse
+from stillgraph.vision.image_file import check_size, reason, refuse
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from runtime.errors import StillgraphError
-from runtime.spec import Frozen
-from runtime.tokenizer import read_json
-from runtime.vision.image_file import Source, open_image, refuse
-from runtime.vision.pixels import Floats, Size, center_crop, looked_up, resized, to_rgb, value_table
+from stillgraph.errors import StillgraphError
+from stillgraph.spec import Frozen
+from stillgraph.tokenizer import read_json
+from stillgraph.vision.image_file import Source, open_image, refuse
+from stillgraph.vision.pixels import Floats, Size, center_crop, looked_up, resized, to_rgb, value_table
 
 __all__ = ["Preprocessor", "Source", "open_image"]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.bundle.build import export
-from export.config import decode_shape, prefill_shape, request, with_one_slack
-from export.demo.stories import held_out
-from export.quantize.rounding import Format, quantise
-from runtime import load
-from runtime.manifest import Precision
+from stillgraph import load
+from stillgraph.exporter.bundle.build import export
+from stillgraph.exporter.config import decode_shape, prefill_shape, request, with_one_slack
+from stillgraph.exporter.demo.stories import held_out
+from stillgraph.exporter.quantize.rounding import Format, quantise
+from stillgraph.manifest import Precision
 from tests.cpus import products
 from tests.cpus.rounding import BLOCK
 

@@ -79,7 +79,7 @@ def product(folder: Path) -> Product:
 
 def tokens(bundle: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy ones, on one thread."""
-    from runtime import load  # all else here needs none of ours
+    from stillgraph import load  # all else here needs none of ours
 
     engine = load(bundle, threads=1, compiled=False)
     return [[step.token for step in engine.stream(ids, max_new_tokens=NEW_TOKENS)] for ids in prompts]

@@ -17,14 +17,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export import weights
-from export.ir.fold_weights import Recipe
-from export.quantize import layouts
-from export.quantize import nodes as ops
-from export.quantize.layouts import Matrix
-from export.quantize.lower import IR_VERSION, Plan
-from export.quantize.rounding import Format, Quantised, _without_large_pairs
-from runtime.manifest import Precision, Quantisation, Target
+from stillgraph.exporter import weights
+from stillgraph.exporter.ir.fold_weights import Recipe
+from stillgraph.exporter.quantize import layouts
+from stillgraph.exporter.quantize import nodes as ops
+from stillgraph.exporter.quantize.layouts import Matrix
+from stillgraph.exporter.quantize.lower import IR_VERSION, Plan
+from stillgraph.exporter.quantize.rounding import Format, Quantised, _without_large_pairs
+from stillgraph.manifest import Precision, Quantisation, Target
 
 LARGEST = 127  # of an activation: its scale is 1
 COLUMNS = (67, 130, 200, 256)  # odd; no multiple of 4; no multiple of a block; whole blocks

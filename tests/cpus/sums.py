@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from runtime.cpu import EXACT_SUMS
+from stillgraph.cpu import EXACT_SUMS
 
 LEVEL = "session.qdq_matmulnbits_accuracy_level"  # of what ONNX Runtime makes of a portable product
 PRECISE = {"session.x64quantprecision": "1"}  # kernels of u8 x s8 that do not saturate

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from runtime import load
+from stillgraph import load
 from tests.cpus import cases, cores, trial
 from tests.cpus.arm import Arm, Missing
 from tests.cpus.cases import BUNDLES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.engine import Engine
+from stillgraph.engine import Engine
 
 # Of the largest logit. fp32: what validation allows sums in another order. Else half a step of activations
 # that are rounded to 8 bits: kernels do that by block, by row or not at all.

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.engine import Engine
+from stillgraph.engine import Engine
 from tests.cpus import emulated, ties
 from tests.cpus.arm import Arm, Missing
 from tests.cpus.cases import BUNDLES
@@ -19,6 +19,7 @@ from tests.cpus.lanes import Lane, native
 from tests.cpus.probe import Found
 
 ROOT = Path(__file__).parents[2]
+OURS = ROOT / "build/editable"  # our package under its name, which an interpreter for Arm has not installed
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -68,7 +69,7 @@ def run(lane: Lane | None, folder: Path, arm: Arm | Missing | None = None) -> Tr
 
 def _probed(command: list[str], path: list[Path]) -> Found | str:
     """What the probe found, or its last words."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*path, OURS]))}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode == 0:
         return Found.from_json(done.stdout.splitlines()[-1])

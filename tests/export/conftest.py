@@ -21,9 +21,9 @@ import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, DynamicCache
 
-from export.ort import run
-from runtime import Step
-from runtime.manifest import GraphEntry, read
+from stillgraph import Step
+from stillgraph.exporter.ort import run
+from stillgraph.manifest import GraphEntry, read
 
 FP32 = 1e-5  # sums in another order: some units of 2^-24 a layer, far below what a wrong mask or slot gives
 FP16 = 2e-2  # each matrix and each product's input rounded to 2^-11; errors of all layers together

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.checkpoint import DEMO, open_checkpoint
+from stillgraph.exporter.checkpoint import DEMO, open_checkpoint
 
 Refused = Callable[..., AbstractContextManager[None]]
 Edit = Callable[[dict[str, Any]], object]

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import pytest
 
-from export.validate.metrics import Comparison
-from export.validate.report import CaseResult, Parity
-from runtime import cli
-from runtime.manifest import Validation, check_files, read
+from stillgraph import cli
+from stillgraph.exporter.validate.metrics import Comparison
+from stillgraph.exporter.validate.report import CaseResult, Parity
+from stillgraph.manifest import Validation, check_files, read
 
 SIZES = ["--max-len", "8", "--ctx", "16"]
 
@@ -49,7 +49,7 @@ def test_help(capsys, command, words) -> None:
 
 
 def test_python_m_export_is_the_same_command() -> None:
-    command = [sys.executable, "-m", "export", "prefill", "--max-len", "0"]
+    command = [sys.executable, "-m", "stillgraph.exporter", "prefill", "--max-len", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = "error: export: --max-len 0 is not a number of tokens; use 1 or more.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
@@ -130,7 +130,7 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
         return Parity(date="2020-01-01", depth=depth, bound=1e-5, why_bound="why", tools={},
                       graphs={}, weights="", cases=(case,))  # fmt: skip
 
-    monkeypatch.setattr("export.validate.validate.validate", fake)
+    monkeypatch.setattr("stillgraph.exporter.validate.validate.validate", fake)
     assert cli.main(["validate", str(own_bundle), "-m", "m", *([option] if option else [])]) == 0
     assert asked == [(own_bundle, "m", depth)]
     stdout, stderr = capsys.readouterr()
@@ -160,7 +160,7 @@ def test_inspect_tells_what_is_in_a_bundle(tiny_bundle, capsys) -> None:
 
 
 def test_the_largest_activation_is_no_weight_input_or_output() -> None:
-    from export.bundle.inspection import largest_activation
+    from stillgraph.exporter.bundle.inspection import largest_activation
 
     def value(name: str, *shape: int) -> onnx.ValueInfoProto:
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, shape)
@@ -227,15 +227,15 @@ def test_simplify_leaves_a_bundle_that_is_simple_as_it_was(own_bundle, capsys) -
 
 
 def test_simplify_that_would_change_numbers_leaves_the_bundle(own_bundle, monkeypatch, capsys) -> None:
-    import export.bundle.resimplify
-    from runtime.errors import CheckFailed
+    import stillgraph.exporter.bundle.resimplify
+    from stillgraph.errors import CheckFailed
 
     def differ(before: Path, after: Path, aliases: object) -> float:
         raise CheckFailed("simplify", f"{after.name} differs", "report this as a defect")
 
     with_an_identity(own_bundle)
     before = {path: path.read_bytes() for path in own_bundle.rglob("*.*")}
-    monkeypatch.setattr(export.bundle.resimplify, "same_outputs", differ)
+    monkeypatch.setattr(stillgraph.exporter.bundle.resimplify, "same_outputs", differ)
     assert cli.main(["simplify", str(own_bundle), "--quiet"]) == 1
     assert "differs; report this" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in own_bundle.rglob("*.*")} == before

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime import cli
-from runtime.manifest import Quantisation
+from stillgraph import cli
+from stillgraph.manifest import Quantisation
 
 SIZES = ["--max-len", "8", "--ctx", "16"]
 ORT = ["--target", "onnxruntime"]
@@ -90,7 +90,7 @@ def test_options_of_quantisation_reach_the_export(tmp_path, monkeypatch, capsys)
         asked.append((config, [shape.slack for shape in shapes]))
         raise ZeroDivisionError
 
-    monkeypatch.setattr("export.bundle.build.export", fake)
+    monkeypatch.setattr("stillgraph.exporter.bundle.build.export", fake)
     options = [
         "--precision",
         "int4",

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from export.bundle.build import export
-from export.checkpoint import open_checkpoint
-from export.config import (
+from stillgraph.exporter.bundle.build import export
+from stillgraph.exporter.checkpoint import open_checkpoint
+from stillgraph.exporter.config import (
     ExportConfig,
     check_fits_bundle,
     check_heads,
@@ -21,8 +21,8 @@ from export.config import (
     request,
     with_one_slack,
 )
-from runtime.manifest import Quantisation, read
-from runtime.spec import GraphShape
+from stillgraph.manifest import Quantisation, read
+from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
 VALUES: dict[str, Any] = {"model": "demo", "target": "portable", "precision": "fp32", "batch": 1, "out": None}
@@ -120,7 +120,7 @@ def test_heads_that_the_op_does_not_take(
     head_dim: int,
 ) -> None:
     """Before any work; the portable target takes them, and both take multiples of 8."""
-    monkeypatch.setattr("export.bundle.build.convert", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("stillgraph.exporter.bundle.build.convert", lambda *_: pytest.fail("work was done"))
     model = tiny_checkpoint(head_dim=head_dim)
     config = ExportConfig(model=str(model), out=tmp_path / "new", target="onnxruntime")
     with refused("export", f"head size of {head_dim}", "GroupQueryAttention", "--target portable"):
@@ -230,7 +230,7 @@ def test_an_export_refuses_before_it_traces(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("export.bundle.build.convert", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("stillgraph.exporter.bundle.build.convert", lambda *_: pytest.fail("work was done"))
     bundle, model = tiny_bundle(), str(tiny_checkpoint())
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     new = ExportConfig(model=model, out=tmp_path / "new")

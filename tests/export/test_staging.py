@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from export import staging
-from export.bundle import build
-from export.config import ExportConfig
-from export.staging import staged, staged_file
-from runtime.manifest import MANIFEST, check_files, read
-from runtime.spec import GraphShape
+from stillgraph.exporter import staging
+from stillgraph.exporter.bundle import build
+from stillgraph.exporter.config import ExportConfig
+from stillgraph.exporter.staging import staged, staged_file
+from stillgraph.manifest import MANIFEST, check_files, read
+from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
 DECODE = GraphShape(role="decode", slots=1, ctx=40)
@@ -201,9 +201,9 @@ def test_the_disk_fills_up_while_weights_are_written(
 
 CHILD = """
 import pathlib, signal, sys, time
-from export.bundle.build import export
-from export.config import ExportConfig
-from runtime.spec import GraphShape
+from stillgraph.exporter.bundle.build import export
+from stillgraph.exporter.config import ExportConfig
+from stillgraph.spec import GraphShape
 
 def say(line):
     print(line, flush=True)

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import torch
 from onnx import TensorProto, helper
 
-from export import weights
-from export.ir.fold_weights import Recipe, Step, Tensors, take_out
-from export.weights import ALIGNMENT
+from stillgraph.exporter import weights
+from stillgraph.exporter.ir.fold_weights import Recipe, Step, Tensors, take_out
+from stillgraph.exporter.weights import ALIGNMENT
 
 SOURCE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16

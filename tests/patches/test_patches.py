@@ -22,8 +22,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Text
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-import patches
-from patches.patch import Patch, applied
+from stillgraph import patches
+from stillgraph.patches.patch import Patch, applied
 
 SUMS = 1e-5  # relative to the largest output: products of 48 and 96 terms, summed in another order
 HALF = 2.0**-11  # relative rounding of a number to fp16
@@ -32,7 +32,8 @@ HALF = 2.0**-11  # relative rounding of a number to fp16
 def declared() -> dict[str, Patch]:
     """Every patch of the package, by name."""
     modules = [
-        importlib.import_module(f"patches.{module.name}") for module in pkgutil.iter_modules(patches.__path__)
+        importlib.import_module(f"stillgraph.patches.{module.name}")
+        for module in pkgutil.iter_modules(patches.__path__)
     ]
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Patch)]
     return {patch.name: patch for patch in found}
@@ -272,9 +273,9 @@ from transformers.models.gemma3 import modeling_gemma3 as gemma3
 places = [torch.nn.Linear, gemma3.Gemma3RMSNorm, gemma3.Gemma3TextScaledWordEmbedding, gemma3.Gemma3MLP]
 places.append(gemma3.Gemma3Attention)
 before = [place.forward for place in places]
-import patches
+from stillgraph import patches
 for module in pkgutil.iter_modules(patches.__path__):
-    importlib.import_module(f"patches.{module.name}")
+    importlib.import_module(f"stillgraph.patches.{module.name}")
 assert before == [place.forward for place in places]
 """
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -291,9 +292,9 @@ def test_convert_leaves_torch_and_transformers_as_they_were(
     precision: Any,
     fails: bool,
 ) -> None:
-    from export.checkpoint import open_checkpoint
-    from export.trace import tracing
-    from runtime.spec import GraphShape
+    from stillgraph.exporter.checkpoint import open_checkpoint
+    from stillgraph.exporter.trace import tracing
+    from stillgraph.spec import GraphShape
 
     def exporter(module: nn.Module, arguments: tuple[Tensor, ...], **_: Any) -> Any:
         """In place of the trace: one call of the module, with every patch in force."""

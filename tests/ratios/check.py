@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from runtime.cpu import cpu_name
+from stillgraph.cpu import cpu_name
 
 KEPT = Path(__file__).with_name("ratios.json")
 TOLERANCE = 1.25  # over the noise of three turns on a shared machine
 RATIOS = ("ttft_ratio", "tpot_ratio", "peak_pss_ratio")
 SMALL = RATIOS[1:]  # a prefill of the demo takes some ms, which tell nothing
-STILLGRAPH = (sys.executable, "-m", "runtime")
+STILLGRAPH = (sys.executable, "-m", "stillgraph")
 Found = dict[str, dict[str, float]]
 
 

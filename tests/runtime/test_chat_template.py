@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from runtime.chat_template import Template, read_template
-from runtime.errors import StillgraphError
+from stillgraph.chat_template import Template, read_template
+from stillgraph.errors import StillgraphError
 
 GEMMA = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}

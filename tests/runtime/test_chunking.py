@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.chunking import calls, fitting, numbered, units
+from stillgraph.chunking import calls, fitting, numbered, units
 
 T = 3
 FIRST, SECOND = [-1, -2, -3], [-4, -5, -6]  # slots of two pictures

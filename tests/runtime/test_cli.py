@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from runtime import cli, load
-from runtime.errors import CheckFailed, StillgraphError
-from runtime.exit_codes import guard
+from stillgraph import cli, load
+from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exit_codes import guard
 
 KEYS = ["prompt_tokens", "tokens", "text", "finish_reason", "load_ms", "ttft_ms", "tpot_ms", "peak_rss_mb"]
 
@@ -217,7 +217,11 @@ def fail(error: BaseException):
         (CheckFailed("stage", "problem", "remedy"), 1, "error: stage: problem; remedy.\n"),
         (OSError(28, "No space left on device", "out"), 2, "error: out: No space left on device; "),
         (RuntimeError("odd\nmore"), 1, "error: unexpected RuntimeError (odd); run again with --debug"),
-        (ModuleNotFoundError("No module named 'runtime.x'", name="runtime.x"), 1, "error: unexpected Module"),
+        (
+            ModuleNotFoundError("No module named 'stillgraph.x'", name="stillgraph.x"),
+            1,
+            "error: unexpected Module",
+        ),
         (KeyboardInterrupt(), 130, ""),
         (SystemExit(3), 3, ""),
         (SystemExit(None), 0, ""),
@@ -252,15 +256,16 @@ def test_debug_in_the_environment_and_behind_dashes(capsys, monkeypatch) -> None
 
 
 def test_the_runtime_imports_no_torch() -> None:
-    code = "import sys, runtime.cli, runtime.engine; print(*{name.partition('.')[0] for name in sys.modules})"
+    code = "import sys, stillgraph.cli, stillgraph.engine; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     assert "onnxruntime" in imported
-    assert not imported & {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "export", "patches"}
+    assert not imported & {"torch", "transformers", "onnx", "onnx_ir", "safetensors"}
+    assert not imported & {"stillgraph.exporter", "stillgraph.patches"}
 
 
-def test_importing_runtime_is_light() -> None:
-    code = "import sys, runtime.manifest; assert 'onnxruntime' not in sys.modules; assert runtime.load"
+def test_importing_stillgraph_is_light() -> None:
+    code = "import sys, stillgraph.manifest; assert 'onnxruntime' not in sys.modules; assert stillgraph.load"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -268,4 +273,4 @@ def test_an_entry_point_of_the_package_is_what_the_group_says() -> None:
     """The group's name is written in pyproject.toml too."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'[project.entry-points."{cli.GROUP}"]' in text
-    assert EntryPoint("main", "runtime.cli:main", "console_scripts").load() is cli.main
+    assert EntryPoint("main", "stillgraph.cli:main", "console_scripts").load() is cli.main

@@ -10,9 +10,9 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
-from runtime import compiled
-from runtime.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, find, set_options
-from runtime.manifest import File, Manifest, read, sha256
+from stillgraph import compiled
+from stillgraph.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, find, set_options
+from stillgraph.manifest import File, Manifest, read, sha256
 
 CPU = "this-cpu"
 Change = Callable[[Path, Path], None]  # given the bundle and its compiled folder

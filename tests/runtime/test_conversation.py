@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.chat_template import Template
-from runtime.conversation import Conversation
-from runtime.engine import Step
+from stillgraph.chat_template import Template
+from stillgraph.conversation import Conversation
+from stillgraph.engine import Step
 
 TEMPLATE = (
     "<bos>{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cpu, load
-from runtime.cpu import describe_cpu, lacking
-from runtime.errors import StillgraphError
+from stillgraph import cpu, load
+from stillgraph.cpu import describe_cpu, lacking
+from stillgraph.errors import StillgraphError
 
 X86 = "processor : 0\nmodel name : {}\nflags : fpu {}\n\nprocessor : 1\nmodel name : other\nflags : none\n"
 

@@ -16,13 +16,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
-from runtime import load
-from runtime.dynamic import GrowingGraph, common
-from runtime.engine import Engine, Step
-from runtime.errors import StillgraphError
-from runtime.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights
-from runtime.session import Session
-from runtime.spec import (
+from stillgraph import load
+from stillgraph.dynamic import GrowingGraph, common
+from stillgraph.engine import Engine, Step
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights
+from stillgraph.session import Session
+from stillgraph.spec import (
     NEW,
     PAST,
     TOTAL,

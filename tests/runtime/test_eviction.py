@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.engine import Engine
-from runtime.kv_cache import GraphPair
-from runtime.manifest import Alias, File, GraphEntry, Manifest, Tokens
-from runtime.spec import (
+from stillgraph.engine import Engine
+from stillgraph.kv_cache import GraphPair
+from stillgraph.manifest import Alias, File, GraphEntry, Manifest, Tokens
+from stillgraph.spec import (
     GraphShape,
     LayerSpec,
     ModelSpec,

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from runtime.errors import StillgraphError
-from runtime.sampling import Sampling
+from stillgraph.errors import StillgraphError
+from stillgraph.sampling import Sampling
 
 V = 11
 P, C = 4, 16

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import load
-from runtime.errors import StillgraphError
-from runtime.manifest import Manifest, check_files, json_schema, read
+from stillgraph import load
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import Manifest, check_files, json_schema, read
 
 
 @pytest.fixture

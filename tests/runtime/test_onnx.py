@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime import load
-from runtime.metrics import PeakPss, peak_rss_mb, pss_mb, rss_mb
+from stillgraph import load
+from stillgraph.metrics import PeakPss, peak_rss_mb, pss_mb, rss_mb
 
 VOCAB = 261
 

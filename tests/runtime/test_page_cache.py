@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from runtime import loading, page_cache
-from runtime.page_cache import mappings, populate, read_in
+from stillgraph import loading, page_cache
+from stillgraph.page_cache import mappings, populate, read_in
 
 PAGES = 256
 LINUX = pytest.mark.skipif(

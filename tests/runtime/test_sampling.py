@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from runtime.errors import StillgraphError
-from runtime.sampling import Sampler, Sampling
+from stillgraph.errors import StillgraphError
+from stillgraph.sampling import Sampler, Sampling
 
 IDS = [3, 17, 3, 40, 5]
 CASES = [

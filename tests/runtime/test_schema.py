@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime import manifest
+from stillgraph import manifest
 
 
 def test_the_published_schema_is_up_to_date() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from runtime.spec import GraphShape, LayerSpec
+from stillgraph.spec import GraphShape, LayerSpec
 
 FULL = LayerSpec(kind="full_attention")
 B, D, CTX = 2, 8, 150

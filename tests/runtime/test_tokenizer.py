@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from runtime.errors import StillgraphError
-from runtime.tokenizer import Stops, Stream, Text
+from stillgraph.errors import StillgraphError
+from stillgraph.tokenizer import Stops, Stream, Text
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = [*"abx<\n\u2581\u00e9\U0001f600", "ab", "\u2581a", "\u2581once", "\u2581\u2581"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from export.bench.contender import Contender, Making, Source
+from stillgraph.exporter.bench.contender import Contender, Making, Source
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
@@ -40,9 +40,8 @@ class Peer:
         folder = DEMO if source.checkpoint == "demo" else Path(source.checkpoint)
         python, file = self.python(source.work), HERE / self.script
         prepare = (str(python), str(file), "prepare", str(folder), str(source.models))
-        remedy = (
-            f"{Path(sys.executable).name} -m export.bench.contenders.install {self.name} --work {source.work}"
-        )
+        install = f"{Path(sys.executable).name} -m stillgraph.exporter.bench.contenders.install"
+        remedy = f"{install} {self.name} --work {source.work}"
         missing = None if python.exists() else f"not installed: {remedy}"
         if not missing and not folder.is_dir():
             missing = f"{source.checkpoint} is no folder; name one with --model"

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.image_utils import load_image
 
-from export.checkpoint import open_checkpoint
+from stillgraph.exporter.checkpoint import open_checkpoint
 
 MB = 1e6
 

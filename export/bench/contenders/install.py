@@ -1,6 +1,6 @@
 """Install peers, each into an environment of its own.
 
-    python -m export.bench.contenders.install llama genai openvino [--work artifacts/bench]
+    python -m stillgraph.exporter.bench.contenders.install llama genai openvino [--work artifacts/bench]
 
 What is there already stays: remove WORK/env/<peer> to have it made anew. llama.cpp is compiled for this
 machine: 5 to 10 minutes on two cores, with a C++ compiler. `stillgraph bench` then writes their models from
@@ -17,7 +17,7 @@ import sys
 import venv
 from pathlib import Path
 
-from export.bench.contenders.catalog import PEERS, Peer
+from stillgraph.exporter.bench.contenders.catalog import PEERS, Peer
 
 
 def install(peer: Peer, work: Path) -> None:

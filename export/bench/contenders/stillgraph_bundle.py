@@ -8,8 +8,8 @@ from typing import Any
 
 import onnxruntime
 
-from runtime.loading import load
-from runtime.manifest import Manifest
+from stillgraph.loading import load
+from stillgraph.manifest import Manifest
 
 MB = 1e6
 SEEING = ("vision_tower", "multi_modal_projector")  # in the names of weights

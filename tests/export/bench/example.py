@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from export.bench.report import Hotspot, Machine, Memory, Profile, Report, Result, Run, Setting
+from stillgraph.exporter.bench.report import Hotspot, Machine, Memory, Profile, Report, Result, Run, Setting
 
 COLUMNS = [
     "contender",

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.bench import bandwidth
-from export.bench.bandwidth import read_bandwidth
+from stillgraph.exporter.bench import bandwidth
+from stillgraph.exporter.bench.bandwidth import read_bandwidth
 
 
 @pytest.mark.parametrize("threads", [1, 2, 100])

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from export.bench.contender import Source
-from export.bench.contenders.catalog import PEERS, find
-from export.bench.contenders.transformers4 import folder_for_transformers4
-from export.bench.interleave import Entry, prepare
-from export.bench.process import TurnFailed, run_once
-from export.bench.report import Setting
-from export.bench.variants import subject
-from export.bench.worker import Request
-from runtime.manifest import read
+from stillgraph.exporter.bench.contender import Source
+from stillgraph.exporter.bench.contenders.catalog import PEERS, find
+from stillgraph.exporter.bench.contenders.transformers4 import folder_for_transformers4
+from stillgraph.exporter.bench.interleave import Entry, prepare
+from stillgraph.exporter.bench.process import TurnFailed, run_once
+from stillgraph.exporter.bench.report import Setting
+from stillgraph.exporter.bench.variants import subject
+from stillgraph.exporter.bench.worker import Request
+from stillgraph.manifest import read
 
 
 def source(checkpoint: Path, work: Path, sha256: str = "0" * 64) -> Source:
@@ -34,7 +34,8 @@ def test_peers_that_are_not_installed_say_how_to_install_them(tmp_path) -> None:
     for peer in PEERS:
         for contender in (c for c in found.values() if c.group == peer.name):
             assert (
-                f"export.bench.contenders.install {peer.name} --work {tmp_path / 'work'}" in contender.missing
+                f"stillgraph.exporter.bench.contenders.install {peer.name} --work {tmp_path / 'work'}"
+                in contender.missing
             )
 
 
@@ -71,7 +72,7 @@ def test_each_peer_can_be_the_first_in_a_work_folder(peer, absolute, tmp_path, m
 
 @pytest.mark.parametrize(("name", "dtype"), [("torch", torch.float32), ("torch-bf16", torch.bfloat16)])
 def test_eager_makes_the_tokens_that_the_model_makes(tiny_checkpoint, tmp_path, name, dtype) -> None:
-    from export.checkpoint import open_checkpoint
+    from stillgraph.exporter.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(tiny_checkpoint()))
     made = {c.name: c for c in find(source(tiny_checkpoint(), tmp_path, checkpoint.sha256))}[name]
@@ -121,6 +122,6 @@ def test_what_transformers_4_reads(tiny_checkpoint, tmp_path) -> None:
 
 def test_the_catalog_needs_none_of_the_libraries() -> None:
     libraries = {"torch", "llama_cpp", "openvino"}
-    code = f"import sys, export.bench.contenders.catalog; print({libraries} & set(sys.modules))"
+    code = f"import sys, stillgraph.exporter.bench.contenders.catalog; print({libraries} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

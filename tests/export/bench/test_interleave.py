@@ -13,13 +13,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from export.bench.contender import Contender, Making
-from export.bench.interleave import Entry, check, ids_of, measure, prepare, prompt_ids, sweep
-from export.bench.process import TurnFailed
-from export.bench.report import Machine, Report, Result, Run, Setting, Spread, ratio, tpot_percentile
-from export.bench.table import cells, columns, disagreements, equal_tokens, markdown
-from runtime.errors import StillgraphError
-from runtime.spec import ModelSpec, VisionSpec
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bench.contender import Contender, Making
+from stillgraph.exporter.bench.interleave import Entry, check, ids_of, measure, prepare, prompt_ids, sweep
+from stillgraph.exporter.bench.process import TurnFailed
+from stillgraph.exporter.bench.report import (
+    Machine,
+    Report,
+    Result,
+    Run,
+    Setting,
+    Spread,
+    ratio,
+    tpot_percentile,
+)
+from stillgraph.exporter.bench.table import cells, columns, disagreements, equal_tokens, markdown
+from stillgraph.spec import ModelSpec, VisionSpec
 
 BASE = Setting(prompt_tokens=4, new_tokens=4, ctx=64, threads=1)
 MACHINE = Machine(cpu="a CPU", cores=2, memory_gb=24, system="Linux", bandwidth=30)
@@ -65,7 +74,7 @@ def turns_taken(monkeypatch):
             raise TurnFailed("it fell over")
         return SimpleNamespace(run=run(turn), facts={"weights_mb": 1.0}, memory=None)
 
-    monkeypatch.setattr("export.bench.interleave.take_turn", take)
+    monkeypatch.setattr("stillgraph.exporter.bench.interleave.take_turn", take)
     return taken
 
 
@@ -187,7 +196,7 @@ def test_a_setting_over_the_cache_is_refused(refused) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_stopped_leaves_its_rows(bundle_of, tmp_path, how) -> None:
     bundle = bundle_of()
-    command = [sys.executable, "-m", "runtime", "bench", str(bundle), "--against", "", "--turns", "1000"]
+    command = [sys.executable, "-m", "stillgraph", "bench", str(bundle), "--against", "", "--turns", "1000"]
     command += [
         "--prompt-tokens",
         "2",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from export.bench.contender import Contender, Source
-from export.bench.lineup import lineup, open_subject
-from export.bench.variants import form
-from runtime.cli import main
+from stillgraph.cli import main
+from stillgraph.exporter.bench.contender import Contender, Source
+from stillgraph.exporter.bench.lineup import lineup, open_subject
+from stillgraph.exporter.bench.variants import form
 
 SOURCE = Source("somewhere", "0" * 64, Path("work"), Path("work/models"), 1024)
 
@@ -58,7 +58,7 @@ def test_no_other_name_is_a_form(name) -> None:
 @pytest.fixture
 def others(monkeypatch):
     found = [Contender(name, name, "peer", Path("x"), "x") for name in ("peer-a", "peer-b")]
-    monkeypatch.setattr("export.bench.lineup.others", lambda source: found)
+    monkeypatch.setattr("stillgraph.exporter.bench.lineup.others", lambda source: found)
 
 
 def chosen(bundle: Path, *against: str) -> list[str]:

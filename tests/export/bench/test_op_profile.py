@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from export.bench import op_profile
-from export.bench.op_profile import BETWEEN, hotspot_table, layer_of, profiles
-from export.bench.report import Hotspot, Profile
+from stillgraph.exporter.bench import op_profile
+from stillgraph.exporter.bench.op_profile import BETWEEN, hotspot_table, layer_of, profiles
+from stillgraph.exporter.bench.report import Hotspot, Profile
 
 IDS = [2, 7, 9, 11, 30]
 PARTS = ["embedding", "layer 0", "layer 1", "head", "other", BETWEEN]
@@ -68,7 +68,7 @@ def test_every_part_and_op_has_its_time(tiny_bundle: Bundle, name: str) -> None:
 
 
 def test_a_compiled_bundle_has_the_same_parts(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    from export.compile.compile import compile_bundle
+    from stillgraph.exporter.compile.compile import compile_bundle
 
     bundle = Path(shutil.copytree(tiny_bundle(**BUNDLES["onnxruntime int4"]), tmp_path / "bundle"))
     plain = profiles(bundle, IDS, 3, 1)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from export.bench.page import headline, page
-from export.bench.report import Memory, Report, Result, Setting
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bench.page import headline, page
+from stillgraph.exporter.bench.report import Memory, Report, Result, Setting
 
 sys.path.insert(0, str(Path(__file__).parent))
 import example

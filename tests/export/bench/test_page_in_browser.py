@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from export.bench.page import page
+from stillgraph.exporter.bench.page import page
 
 sys.path.insert(0, str(Path(__file__).parent))
 import example

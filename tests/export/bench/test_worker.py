@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from export.bench.contender import Contender
-from export.bench.process import TurnFailed, run_once, take_turn
-from export.bench.worker import Request, main, measure
+from stillgraph.exporter.bench.contender import Contender
+from stillgraph.exporter.bench.process import TurnFailed, run_once, take_turn
+from stillgraph.exporter.bench.worker import Request, main, measure
 
 CONTENDER = """
 import os, signal, sys, time
@@ -116,6 +116,6 @@ def test_a_contender_that_fails_says_why(tmp_path, parts, words) -> None:
 
 
 def test_one_that_hangs_is_ended(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("export.bench.process.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("stillgraph.exporter.bench.process.TIMEOUT_S", 0.3)
     with pytest.raises(TurnFailed, match="not done after"):
         run_once(contender(tmp_path, body="time.sleep(60)"), request(), 1)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from export.bundle import build as under_test
-from export.bundle.build import export
-from export.config import ExportConfig
-from runtime.manifest import Manifest, check_files, read
-from runtime.spec import GraphShape
+from stillgraph.exporter.bundle import build as under_test
+from stillgraph.exporter.bundle.build import export
+from stillgraph.exporter.config import ExportConfig
+from stillgraph.manifest import Manifest, check_files, read
+from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
 PREFILL = GraphShape(role="prefill", slots=16, ctx=40)

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.manifest import (
+from stillgraph.manifest import (
     MANIFEST,
     Alias,
     File,
@@ -25,7 +25,7 @@ from runtime.manifest import (
     Weights,
     sha256,
 )
-from runtime.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
+from stillgraph.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
 
 Arrays = dict[str, np.ndarray]
 V, H, N, BLOCK, CTX = 96, 256, 512, 32, 12

@@ -16,14 +16,14 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from export.compile import compile as compiling
-from export.compile.check import compare
-from export.compile.compile import compile_bundle
-from export.compile.prepacked import PackedFile, external
-from runtime.compiled import COMPILED, DESCRIPTION, Compiled, find, set_options
-from runtime.cpu import cpu_name
-from runtime.errors import CheckFailed
-from runtime.manifest import MANIFEST, File, check_files, read, sha256
+from stillgraph.compiled import COMPILED, DESCRIPTION, Compiled, find, set_options
+from stillgraph.cpu import cpu_name
+from stillgraph.errors import CheckFailed
+from stillgraph.exporter.compile import compile as compiling
+from stillgraph.exporter.compile.check import compare
+from stillgraph.exporter.compile.compile import compile_bundle
+from stillgraph.exporter.compile.prepacked import PackedFile, external
+from stillgraph.manifest import MANIFEST, File, check_files, read, sha256
 
 Refused = Callable[..., AbstractContextManager[None]]
 Bundle = Callable[..., Path]

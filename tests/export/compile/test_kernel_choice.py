@@ -13,11 +13,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.compile import kernel_choice
-from export.compile.compile import compile_bundle
-from runtime import load, loading, session
-from runtime.compiled import Form, Products, ProductTime, find
-from runtime.manifest import Manifest, Quantisation, read
+from stillgraph import load, loading, session
+from stillgraph.compiled import Form, Products, ProductTime, find
+from stillgraph.exporter.compile import kernel_choice
+from stillgraph.exporter.compile.compile import compile_bundle
+from stillgraph.manifest import Manifest, Quantisation, read
 
 Bundle = Callable[..., Path]
 N, K = 24, 64

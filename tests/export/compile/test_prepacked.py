@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto
 
-from export.compile.prepacked import PackedFile, moved, packed_entries
+from stillgraph.exporter.compile.prepacked import PackedFile, moved, packed_entries
 
 
 def test_a_file_has_every_blob_once_and_a_page_for_each(tmp_path: Path) -> None:

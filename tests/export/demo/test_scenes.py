@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from export.demo.scenes import CELLS, COLOURS, CONTENTS, SHAPES, Scene, Thing, scenes
+from stillgraph.exporter.demo.scenes import CELLS, COLOURS, CONTENTS, SHAPES, Scene, Thing, scenes
 
 SCENE = Scene((Thing(0, 0, "circle", "red"), Thing(1, 2, "circle", "blue"), Thing(2, 1, "square", "red")))
 

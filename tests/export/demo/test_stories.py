@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from export.demo import stories as st
+from stillgraph.exporter.demo import stories as st
 
 CHECKPOINT = Path(st.__file__).parent / "demo_checkpoint"
 MEGABYTE = 1_000_000
@@ -85,7 +85,7 @@ def test_a_chat_alternates_and_answers_what_was_said() -> None:
 
 
 def test_the_generator_imports_no_torch() -> None:
-    code = "import sys, export.demo.stories; sys.exit('torch' in sys.modules)"
+    code = "import sys, stillgraph.exporter.demo.stories; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKPOINT.parents[2])
 
 
@@ -159,7 +159,7 @@ def test_greedy_text_is_made_of_the_generators_words(tokenizer: Any, model: Any)
 
 
 def test_facts_beyond_the_window_are_recalled_through_the_global_layers(tokenizer: Any, model: Any) -> None:
-    from export.demo.train_text import Recall, right, sliding_reach
+    from stillgraph.exporter.demo.train_text import Recall, right, sliding_reach
 
     backend = tokenizer.backend_tokenizer
     told = (Recall.of(story, backend) for story in st.held_out(7, (100, 300)))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image, ImageOps
 
-from export.bundle.build import export
-from export.checkpoint import SHIPPED
-from export.config import decode_shape, prefill_shape, request
-from export.demo.scenes import scenes
-from runtime import load
-from runtime.engine import Engine
+from stillgraph import load
+from stillgraph.engine import Engine
+from stillgraph.exporter.bundle.build import export
+from stillgraph.exporter.checkpoint import SHIPPED
+from stillgraph.exporter.config import decode_shape, prefill_shape, request
+from stillgraph.exporter.demo.scenes import scenes
 
 PICTURES = 25
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from export.checkpoint import open_checkpoint
-from export.trace import image_cache
-from export.trace.graphs import masks
-from export.validate.validate import validate
-from runtime import Step, load
-from runtime.manifest import read
+from stillgraph import Step, load
+from stillgraph.exporter.checkpoint import open_checkpoint
+from stillgraph.exporter.trace import image_cache
+from stillgraph.exporter.trace.graphs import masks
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.manifest import read
 
 CTX = 112
 PAIR = [("prefill", 16, CTX), ("decode", 1, CTX)]
@@ -88,8 +88,8 @@ def test_two_rows_with_pictures_in_other_places(tiny_bundle: Bundle, drawn: Any,
 def test_the_proof_fails_where_pictures_look_back_alone(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    from export.bundle.build import export
-    from export.config import decode_shape, prefill_shape, request
+    from stillgraph.exporter.bundle.build import export
+    from stillgraph.exporter.config import decode_shape, prefill_shape, request
 
     def blind(pictures: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         return torch.zeros(1, pictures.shape[1], source.shape[1], dtype=torch.bool)

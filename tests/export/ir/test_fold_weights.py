@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional
 
-from export.ir.fold_weights import Recipe, Step, Tensors, joined, take_out, take_out_constants
+from stillgraph.exporter.ir.fold_weights import Recipe, Step, Tensors, joined, take_out, take_out_constants
 
 SOURCE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.ir.node_names import name_the_rest, place
+from stillgraph.exporter.ir.node_names import name_the_rest, place
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 FIVE: dict[str, Any] = {"num_hidden_layers": 5, "layer_types": [SLIDING, FULL, *[SLIDING] * 3]}

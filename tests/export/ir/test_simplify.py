@@ -13,12 +13,12 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from export import weights
-from export.ir.fold_weights import SUBGRAPH_BYTES
-from export.ir.simplify import FORBIDDEN, check, same_outputs, simplify, static_problem
-from export.trace.tracing import OPSET
-from runtime.errors import CheckFailed
-from runtime.manifest import read
+from stillgraph.errors import CheckFailed
+from stillgraph.exporter import weights
+from stillgraph.exporter.ir.fold_weights import SUBGRAPH_BYTES
+from stillgraph.exporter.ir.simplify import FORBIDDEN, check, same_outputs, simplify, static_problem
+from stillgraph.exporter.trace.tracing import OPSET
+from stillgraph.manifest import read
 
 FIVE = {
     "num_hidden_layers": 5,

@@ -15,13 +15,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export import weights
-from export.ir.fold_weights import Weight, take_out
-from export.ir.simplify import static_problem
-from export.quantize import layouts
-from export.quantize.lower import Plan, lower
-from export.quantize.rounding import Format, quantise
-from runtime.manifest import Precision, Quantisation, Target, Weights
+from stillgraph.exporter import weights
+from stillgraph.exporter.ir.fold_weights import Weight, take_out
+from stillgraph.exporter.ir.simplify import static_problem
+from stillgraph.exporter.quantize import layouts
+from stillgraph.exporter.quantize.lower import Plan, lower
+from stillgraph.exporter.quantize.rounding import Format, quantise
+from stillgraph.manifest import Precision, Quantisation, Target, Weights
 
 pytestmark = pytest.mark.kernels
 V, N, K = 7, 5, 80  # entries, rows of weights, columns: odd, odd, and not a multiple of a block

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from export.quantize.rounding import PAIR_SUM, PAIRED, Format, quantise
+from stillgraph.exporter.quantize.rounding import PAIR_SUM, PAIRED, Format, quantise
 from tests.cpus import products, sums
 from tests.cpus.products import Case
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from export.quantize import rounding
-from export.quantize.rounding import Format, Quantised, quantise
-from runtime.errors import StillgraphError
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.quantize import rounding
+from stillgraph.exporter.quantize.rounding import Format, Quantised, quantise
 
 NORMAL = torch.randn(48, 640, generator=torch.Generator().manual_seed(0))
 FORMATS = [

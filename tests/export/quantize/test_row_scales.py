@@ -15,11 +15,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export import weights
-from export.ir.fold_weights import Weight, take_out
-from export.quantize.lower import Plan, lower
-from export.quantize.rounding import Format, quantise
-from runtime.manifest import Quantisation
+from stillgraph.exporter import weights
+from stillgraph.exporter.ir.fold_weights import Weight, take_out
+from stillgraph.exporter.quantize.lower import Plan, lower
+from stillgraph.exporter.quantize.rounding import Format, quantise
+from stillgraph.manifest import Quantisation
 
 pytestmark = pytest.mark.kernels
 K = 48

@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.image_utils import load_image
 
-from runtime import load
-from runtime.manifest import read
+from stillgraph import load
+from stillgraph.manifest import read
 
 FP32 = 1e-5  # sums in another order
 SIZES = [(1, 1), (17, 4000), (4000, 17), (224, 224), (896, 896)]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
-from export.trace import attention
-from export.trace.attention import MASKED, additive_mask, portable_attention
-from export.trace.static_cache import visible
+from stillgraph.exporter.trace import attention
+from stillgraph.exporter.trace.attention import MASKED, additive_mask, portable_attention
+from stillgraph.exporter.trace.static_cache import visible
 
 # Sums of fp32 in another order, relative to values of about 1; measured 4e-7.
 CLOSE = {"rtol": 0.0, "atol": 3e-6}

@@ -16,19 +16,19 @@ import torch
 from transformers import DynamicCache, Gemma3ForCausalLM
 from typer.testing import CliRunner
 
-from export import cli
-from export.bundle.build import export
-from export.bundle.inspection import inspect, tables
-from export.bundle.resimplify import resimplify
-from export.compile.compile import compile_bundle
-from export.config import ExportConfig, dynamic_shape, request
-from export.ir.simplify import FORBIDDEN, static_problem
-from export.trace.graphs import masks
-from export.validate.validate import validate
-from runtime import load
-from runtime.engine import Engine
-from runtime.manifest import check_files, read
-from runtime.spec import NEW, PAST, TOTAL, GraphShape, past_names, present_names
+from stillgraph import load
+from stillgraph.engine import Engine
+from stillgraph.exporter import cli
+from stillgraph.exporter.bundle.build import export
+from stillgraph.exporter.bundle.inspection import inspect, tables
+from stillgraph.exporter.bundle.resimplify import resimplify
+from stillgraph.exporter.compile.compile import compile_bundle
+from stillgraph.exporter.config import ExportConfig, dynamic_shape, request
+from stillgraph.exporter.ir.simplify import FORBIDDEN, static_problem
+from stillgraph.exporter.trace.graphs import masks
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.manifest import check_files, read
+from stillgraph.spec import NEW, PAST, TOTAL, GraphShape, past_names, present_names
 
 Refused = Callable[..., AbstractContextManager[None]]
 CTX = 256
@@ -123,7 +123,7 @@ def test_the_context_limit_ends_a_text(engine: Engine, model: Gemma3ForCausalLM)
 @torch.no_grad()
 def test_the_window_bites(checkpoint: Path, model: Gemma3ForCausalLM) -> None:
     """Without the window the same tokens give other logits: the tests above would see a missing mask."""
-    from export.checkpoint import open_checkpoint
+    from stillgraph.exporter.checkpoint import open_checkpoint
 
     spec = open_checkpoint(str(checkpoint)).spec
     seen = masks(spec, torch.arange(20)[None], 20)

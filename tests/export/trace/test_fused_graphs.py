@@ -11,11 +11,11 @@ from typing import Any
 import onnx
 import pytest
 
-from export.ir.simplify import static_problem
-from export.quantize.lower import Plan
-from export.validate.validate import validate
-from runtime.manifest import Quantisation, read
-from runtime.spec import GraphShape
+from stillgraph.exporter.ir.simplify import static_problem
+from stillgraph.exporter.quantize.lower import Plan
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.manifest import Quantisation, read
+from stillgraph.spec import GraphShape
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ORT: dict[str, Any] = {"target": "onnxruntime"}

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers.models.gemma3 import modeling_gemma3
 
-from export.checkpoint import open_checkpoint
-from runtime import load
-from runtime.manifest import read
+from stillgraph import load
+from stillgraph.exporter.checkpoint import open_checkpoint
+from stillgraph.manifest import read
 
 FP32 = 1e-5  # sums in another order: some units of 2^-24 a layer, far below what a wrong mask or slot gives
 P, CTX = 16, 40

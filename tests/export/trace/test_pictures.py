@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.checkpoint import open_checkpoint
-from export.validate import image
-from export.validate.report import Parity
-from export.validate.validate import validate
-from runtime import load
-from runtime.cli import main
-from runtime.manifest import read
+from stillgraph import load
+from stillgraph.cli import main
+from stillgraph.exporter.checkpoint import open_checkpoint
+from stillgraph.exporter.validate import image
+from stillgraph.exporter.validate.report import Parity
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.manifest import read
 
 FP32 = 1e-5  # sums in another order
 T, P, CTX = 10, 16, 40
@@ -223,9 +223,9 @@ def test_an_image_for_a_model_of_text_alone(tiny_bundle: Bundle, refused: Any, d
 def test_a_bundle_without_a_vision_graph(
     tiny_checkpoint: Any, tmp_path: Path, refused: Any, drawn: Any
 ) -> None:
-    from export.bundle.build import export
-    from export.config import request
-    from runtime.spec import GraphShape
+    from stillgraph.exporter.bundle.build import export
+    from stillgraph.exporter.config import request
+    from stillgraph.spec import GraphShape
 
     config = request(
         model=str(tiny_checkpoint(family="llava")), target="portable", precision="fp32", batch=1, out=tmp_path

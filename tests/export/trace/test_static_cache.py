@@ -14,7 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
     get_block_sequence_ids_for_mask,
 )
 
-from export.trace.static_cache import StaticCache, same_picture, visible, write
+from stillgraph.exporter.trace.static_cache import StaticCache, same_picture, visible, write
 
 
 def matrix(*rows: str) -> Tensor:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.validate.metrics import diverge
-from export.validate.quality import BOUNDS, perplexity, summarise
-from export.validate.validate import validate
-from runtime.manifest import read
+from stillgraph.exporter.validate.metrics import diverge
+from stillgraph.exporter.validate.quality import BOUNDS, perplexity, summarise
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.manifest import read
 
 Bundle = Callable[..., Path]
 

@@ -13,12 +13,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export.validate.cases import edges, make_plans, positions
-from export.validate.metrics import cache_error, compare
-from export.validate.report import bound
-from export.validate.validate import validate
-from runtime.errors import StillgraphError
-from runtime.manifest import MANIFEST, File, Manifest, read, sha256
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.validate.cases import edges, make_plans, positions
+from stillgraph.exporter.validate.metrics import cache_error, compare
+from stillgraph.exporter.validate.report import bound
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.manifest import MANIFEST, File, Manifest, read, sha256
 
 Bundle = Callable[..., Path]
 WINDOW = 5  # of the tiny checkpoints

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.chat_template import Template, in_parts
-from runtime.errors import StillgraphError
-from runtime.manifest import File, GraphEntry
-from runtime.spec import GraphShape, ModelSpec, VisionSpec, input_ports, output_ports
-from runtime.vision.embedder import Embedder
-from runtime.vision.features import Vision
+from stillgraph.chat_template import Template, in_parts
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import File, GraphEntry
+from stillgraph.spec import GraphShape, ModelSpec, VisionSpec, input_ports, output_ports
+from stillgraph.vision.embedder import Embedder
+from stillgraph.vision.features import Vision
 
 T, HIDDEN, IMAGE = 3, 2, 7
 SPEC = VisionSpec(

@@ -17,7 +17,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from runtime.vision.preprocessor import Preprocessor, open_image
+from stillgraph.vision.preprocessor import Preprocessor, open_image
 
 THEIRS: dict[str, Any] = {
     "CLIPImageProcessor": CLIPImageProcessorPil,

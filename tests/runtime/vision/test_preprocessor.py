@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtime.errors import StillgraphError
-from runtime.vision import image_file
-from runtime.vision.preprocessor import Preprocessor, open_image
+from stillgraph.errors import StillgraphError
+from stillgraph.vision import image_file
+from stillgraph.vision.preprocessor import Preprocessor, open_image
 
 CLIP = {"image_processor_type": "CLIPImageProcessor"}
 FORMATS = ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF"]
@@ -197,5 +197,5 @@ def test_damaged_data_gives_a_picture_or_one_sentence(data, kind: str) -> None:
 
 
 def test_the_runtime_alone_needs_no_pillow() -> None:
-    program = "import runtime.session, runtime.cli, sys; sys.exit('PIL' in sys.modules)"
+    program = "import stillgraph.session, stillgraph.cli, sys; sys.exit('PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
