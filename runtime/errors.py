@@ -15,6 +15,10 @@ class StillgraphError(Exception):
         self.stage, self.problem, self.remedy = stage, problem, remedy
         super().__init__(f"{stage}: {problem}; {remedy}.")
 
+    def __reduce__(self) -> tuple[type[StillgraphError], tuple[str, str, str]]:
+        """For pickle, which would call it with the one sentence."""
+        return type(self), (self.stage, self.problem, self.remedy)
+
 
 class CheckFailed(StillgraphError):
     """The input was fine and a check on the result failed. Exit code 1."""
