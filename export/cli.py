@@ -12,7 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from stillgraph.exporter.commands import AsJson, Quiet, hold
+from stillgraph.exporter.api import hold, make
+from stillgraph.exporter.commands import AsJson, Quiet
 from stillgraph.exporter.config import (
     ARTIFACTS,
     ExportConfig,
@@ -20,7 +21,6 @@ from stillgraph.exporter.config import (
     dynamic_shape,
     prefill_shape,
     request,
-    with_one_slack,
 )
 from stillgraph.exporter.console import Output
 from stillgraph.manifest import Manifest
@@ -200,14 +200,9 @@ def bundle(
         batch=batch,
         out=out,
     )
-    shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
     output = Output(quiet, as_json)
     with output.progress() as say:
-        from stillgraph.exporter.bundle.build import export
-        from stillgraph.exporter.validate.validate import validate as prove
-
-        manifest = export(config, shapes, replace=True, say=say, vision=None)
-        parity = prove(config.place, model=config.model, depth="quick", say=say) if validated else None
+        manifest, parity = make(config, max_len, ctx, validated=validated, say=say)
     line, files = _exported(config.place, manifest), _files(config.place, manifest)
     if parity is None:
         output.result(line, files)

@@ -6,17 +6,15 @@ torch and onnx are imported inside the commands: help and wrong use are told at 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.api import hold
 from stillgraph.exporter.console import Output
-
-if TYPE_CHECKING:
-    from stillgraph.exporter.validate.report import Parity
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
@@ -95,9 +93,3 @@ def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
 
     inspection = look(bundle)
     Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))
-
-
-def hold(bundle: Path, parity: Parity) -> None:
-    """Raises CheckFailed where a validation broke a bound."""
-    if problem := parity.problem():
-        raise CheckFailed("validate", problem, f"see {bundle / 'reports' / 'parity.html'}")

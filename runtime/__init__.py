@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stillgraph.engine import Engine, Step
     from stillgraph.errors import StillgraphError
+    from stillgraph.exporter.api import export  # noqa: TID251  # for types: it is imported when it is used
     from stillgraph.loading import load
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Step", "StillgraphError", "__version__", "load"]
+__all__ = ["Engine", "Step", "StillgraphError", "__version__", "export", "load"]
 
 HOMES = {
     "Engine": "stillgraph.engine",
     "Step": "stillgraph.engine",
     "StillgraphError": "stillgraph.errors",
+    "export": "stillgraph.exporter.api",
     "load": "stillgraph.loading",
 }
 

@@ -41,12 +41,18 @@ def command_of(args: Sequence[str]) -> str | None:
     return next((arg for arg in args if not arg.startswith("-")), None)
 
 
+def not_installed(error: ModuleNotFoundError, stage: str) -> StillgraphError | None:
+    """A missing library of those that an export needs, as a sentence; None for any other module."""
+    if (error.name or "").partition(".")[0] not in EXPORT_EXTRA:
+        return None
+    return StillgraphError(stage, f"{error.name} is not installed", "pip install 'stillgraph[export]'")
+
+
 def _told(error: Exception, args: Sequence[str]) -> tuple[str, int]:
+    if isinstance(error, ModuleNotFoundError):
+        error = not_installed(error, " ".join(["stillgraph", command_of(args) or ""]).strip()) or error
     if isinstance(error, StillgraphError):
         return str(error), error.exit_code
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXPORT_EXTRA:
-        stage = " ".join(["stillgraph", command_of(args) or ""]).strip()
-        return f"{stage}: {error.name} is not installed; pip install 'stillgraph[export]'.", 2
     if isinstance(error, OSError) and error.strerror:
         path = f"{error.filename}: " if error.filename else ""
         return f"{path}{error.strerror}; put that right and run the command again.", 2

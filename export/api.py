@@ -1,0 +1,97 @@
+"""`stillgraph.export`, and what it shares with `stillgraph export bundle`.
+
+torch and onnx are imported inside the functions: wrong use is told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stillgraph.errors import CheckFailed
+from stillgraph.exit_codes import not_installed
+from stillgraph.exporter.config import (
+    ExportConfig,
+    Say,
+    decode_shape,
+    prefill_shape,
+    request,
+    with_one_slack,
+)
+from stillgraph.manifest import Manifest, Precision, Target
+
+if TYPE_CHECKING:
+    from stillgraph.exporter.validate.report import Parity
+
+
+def export(
+    model: str | Path = "demo",
+    out: str | Path | None = None,
+    *,
+    max_len: int = 128,
+    ctx: int = 1024,
+    target: Target = "portable",
+    precision: Precision = "fp32",
+    block_size: int | None = None,
+    asymmetric: bool = False,
+    keep: Sequence[str] = (),
+    fast_prefill: bool = False,
+    batch: int = 1,
+    validate: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Make a new bundle of all graphs over one weights file, validate it quickly, and return its folder.
+
+    The options are those of `stillgraph export bundle`, and the prefill continues a cache of `ctx` slots.
+    model: a hub id or a checkpoint folder; out: the bundle's folder, by default artifacts/<model>; max_len:
+    token slots of the prefill; block_size: 32, 64 or 128, by default 128 where weights have few bits; keep:
+    PATTERN=PRECISION, weights kept otherwise; validate: compare with PyTorch, which takes most memory;
+    progress: called with what is being done, in a few words.
+
+    Raises StillgraphError for wrong use and bad input, and for what is not installed; then the former bundle
+    is as it was. Raises CheckFailed, a StillgraphError, where a graph fails its checks, or where the new
+    bundle breaks a bound of its validation: its reports/parity.html says which.
+    """
+    config = request(
+        model=str(model),
+        target=target,
+        precision=precision,
+        block_size=block_size,
+        asymmetric=asymmetric,
+        keep=(keep,) if isinstance(keep, str) else keep,
+        fast_prefill=fast_prefill,
+        batch=batch,
+        out=None if out is None else Path(out),
+    )
+    try:
+        _, parity = make(config, max_len, ctx, validated=validate, say=progress or (lambda _: None))
+    except ModuleNotFoundError as error:
+        if told := not_installed(error, "stillgraph export"):
+            raise told from error
+        raise
+    if parity is not None:
+        hold(config.place, parity)
+    return config.place
+
+
+def make(
+    config: ExportConfig, max_len: int, ctx: int, *, validated: bool, say: Say
+) -> tuple[Manifest, Parity | None]:
+    """A new bundle at `config.place`, and its quick validation where that is asked for.
+
+    A broken bound is a report that says so: `hold` raises for it.
+    """
+    shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
+    from stillgraph.exporter.bundle.build import export as build
+    from stillgraph.exporter.validate.validate import validate as prove
+
+    manifest = build(config, shapes, replace=True, say=say, vision=None)
+    parity = prove(config.place, model=config.model, depth="quick", say=say) if validated else None
+    return manifest, parity
+
+
+def hold(bundle: Path, parity: Parity) -> None:
+    """Raises CheckFailed where a validation broke a bound."""
+    if problem := parity.problem():
+        raise CheckFailed("validate", problem, f"see {bundle / 'reports' / 'parity.html'}")
