@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    (?:\$ )?(stillgraph .*)$", README, re.MULTILINE)
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("export/**/README.md")),
+    *sorted(ROOT.glob("tests/**/README.md")),
+]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+COMMANDS = [
+    command
+    for text in TEXTS.values()
+    for command in re.findall(r"^    (?:\$ )?(stillgraph .*?)(?:  #.*)?$", text, re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,6 +38,16 @@ def test_commands_and_their_options_exist(command: str) -> None:
     ).stdout
     for option in (word for word in words if word.startswith("-")):
         assert option in help_text
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        assert target.startswith("http") or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_it_is_read_in_a_minute() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 def test_make_targets_exist() -> None:
