@@ -10,7 +10,7 @@ from stillgraph.exporter.cli import app
 
 def main() -> int:
     """Run the command named in the process's arguments; the exit code."""
-    arguments = ["export", *sys.argv[1:]]  # the guard names the command in what it tells
+    arguments = ["export", *sys.argv[1:]]  # the guard names the command in its messages
     return guard(lambda args: app(args=args[1:], prog_name="stillgraph export"), arguments)
 
 

@@ -49,9 +49,9 @@ def export(
     PATTERN=PRECISION, weights kept otherwise; validate: compare with PyTorch, which takes most memory;
     progress: called with what is being done, in a few words.
 
-    Raises StillgraphError for wrong use and bad input, and for what is not installed; then the former bundle
-    is as it was. Raises CheckFailed, a StillgraphError, where a graph fails its checks, or where the new
-    bundle breaks a bound of its validation: its reports/parity.html says which.
+    Raises StillgraphError for wrong use and bad input, and for what is not installed; then the previous
+    bundle is as it was. Raises CheckFailed, a StillgraphError, where a graph fails its checks, or where the
+    new bundle breaks a bound of its validation: its reports/parity.html says which.
     """
     config = request(
         model=str(model),
@@ -71,7 +71,7 @@ def export(
             raise told from error
         raise
     if parity is not None:
-        hold(config.place, parity)
+        require_passed(config.place, parity)
     return config.place
 
 
@@ -91,7 +91,7 @@ def make(
     return manifest, parity
 
 
-def hold(bundle: Path, parity: Parity) -> None:
+def require_passed(bundle: Path, parity: Parity) -> None:
     """Raises CheckFailed where a validation broke a bound."""
     if problem := parity.problem():
         raise CheckFailed("validate", problem, f"see {bundle / 'reports' / 'parity.html'}")

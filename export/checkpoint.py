@@ -69,7 +69,7 @@ class Checkpoint:
         config._attn_implementation = attention
         with no_init_weights(), default_dtype(torch.float32):
             model = self.family.build(config)
-        model.tie_weights()  # skipped together with the initialisation
+        model.tie_weights()  # skipped together with the initialization
         built: torch.nn.Module = model.eval().requires_grad_(False)
         return built
 
@@ -149,12 +149,12 @@ def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _valid_config(model: str) -> Iterator[None]:
-    """Whatever transformers and torch make of a bad config, the user gets one sentence."""
+    """Turn any config exception into one StillgraphError."""
     try:
         yield
     except Exception as error:
         problem = f"{model}: config.json is not valid: {' '.join(str(error).split())}"
-        raise StillgraphError(STAGE, problem, "mend config.json") from error
+        raise StillgraphError(STAGE, problem, "fix config.json") from error
 
 
 def _folder(model: str) -> Path:
@@ -184,7 +184,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise StillgraphError(STAGE, f"{path} is missing", remedy) from None
     except OSError as error:
-        raise StillgraphError(STAGE, f"{path}: {error.strerror}", "mend the checkpoint folder") from error
+        raise StillgraphError(STAGE, f"{path}: {error.strerror}", "fix the checkpoint folder") from error
     except ValueError as error:
         raise StillgraphError(STAGE, f"{path} is not JSON ({error})", "download the file again") from error
     if not isinstance(content, dict):

@@ -1,6 +1,6 @@
 """`stillgraph export`.
 
-torch and onnx are imported inside the commands: help and wrong use are told at once.
+torch and onnx are imported inside the commands, so that help and usage errors are instant.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from stillgraph.exporter.api import hold, make
+from stillgraph.exporter.api import make, require_passed
 from stillgraph.exporter.commands import AsJson, Quiet
 from stillgraph.exporter.config import (
     ARTIFACTS,
@@ -208,7 +208,7 @@ def bundle(
         output.result(line, files)
         return
     output.result(line | {"validation": parity.summary()}, files, *parity.tables())
-    hold(config.place, parity)
+    require_passed(config.place, parity)
 
 
 def _add(config: ExportConfig, shapes: list[GraphShape], output: Output, vision: bool = False) -> None:

@@ -1,6 +1,6 @@
 """The commands that work on a bundle: `simplify`, `compile`, `validate`, `inspect`.
 
-torch and onnx are imported inside the commands: help and wrong use are told at once.
+torch and onnx are imported inside the commands, so that help and usage errors are instant.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.api import hold
+from stillgraph.exporter.api import require_passed
 from stillgraph.exporter.console import Output
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -46,7 +46,7 @@ def compile_(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Optimise a bundle's graphs and pack its weights for this machine, once instead of at every load."""
+    """Optimize a bundle's graphs and pack its weights for this machine, once instead of at every load."""
     output = Output(quiet, as_json)
     with output.progress() as say:
         from stillgraph.exporter.compile.compile import compile_bundle
@@ -69,7 +69,7 @@ def validate(
         typer.Option("--model", "-m", help="The checkpoint.", show_default="the one that the manifest names"),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Every slot of ctx in every setting.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Random ids, optimised graphs only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Random ids, optimized graphs only.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -83,7 +83,7 @@ def validate(
 
         parity = prove(bundle, model=model, depth=depth, say=say)
     output.result({"bundle": str(bundle)} | parity.summary(), *parity.tables())
-    hold(bundle, parity)
+    require_passed(bundle, parity)
 
 
 def inspect(bundle: Bundle, as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""What the user asked an export to make, checked against the model before any work is done."""
+"""What an export was asked for, checked against the model before any work is done."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from stillgraph.errors import StillgraphError
-from stillgraph.manifest import Manifest, Precision, Quantisation, Target
+from stillgraph.manifest import Manifest, Precision, Quantization, Target
 from stillgraph.spec import Frozen, GraphShape, ModelSpec
 
 STAGE = "export"
 HEAD_MULTIPLE = 8  # of GroupQueryAttention's head sizes
 SLACK = 128  # cache slots over the window, in the onnxruntime target: what a prefill of 128 needs
 BLOCK_SIZES = (32, 64, 128)
-QUANTISED = ("int8", "int4")
-Say = Callable[[str], None]  # told, in a few words, what is being done
+QUANTIZED = ("int8", "int4")
+Say = Callable[[str], None]  # called with a few words on what is being done
 ARTIFACTS = Path("artifacts")
 
 
@@ -28,7 +28,7 @@ class ExportConfig(Frozen):
     model: str = "demo"
     target: Target = "portable"
     precision: Precision = "fp32"
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     batch: int = 1
     out: Path | None = None
 
@@ -57,7 +57,7 @@ def request(
         raise StillgraphError(STAGE, problem, "use fp32, int8 or int4, or --target portable")
     if values["batch"] < 1:
         raise StillgraphError(STAGE, f"--batch {values['batch']} is not a number of rows", "use 1 or more")
-    if precision in QUANTISED:
+    if precision in QUANTIZED:
         size = BLOCK_SIZES[-1] if block_size is None else block_size
         if size not in BLOCK_SIZES:
             sizes = " or ".join(map(str, BLOCK_SIZES))
@@ -65,7 +65,7 @@ def request(
         if fast_prefill and target != "onnxruntime":
             problem = f"--fast-prefill is made of ops that --target {target} does not use"
             raise StillgraphError(STAGE, problem, "use --target onnxruntime")
-        values["quantisation"] = Quantisation(
+        values["quantization"] = Quantization(
             block_size=size, symmetric=not asymmetric, keep=all_kept(keep), fast_prefill=fast_prefill
         )
     elif block_size is not None or asymmetric or keep or fast_prefill:
@@ -88,7 +88,7 @@ def all_kept(options: Sequence[str]) -> dict[str, Precision]:
 def kept(option: str) -> tuple[str, Precision]:
     """A pattern of weight names and the precision it keeps, of PATTERN=PRECISION. Raises StillgraphError."""
     pattern, _, precision = option.partition("=")
-    known = ("fp32", *QUANTISED)
+    known = ("fp32", *QUANTIZED)
     if not pattern or precision not in known:
         problem = f"--keep {option!r} is not PATTERN=PRECISION with a precision of {' or '.join(known)}"
         raise StillgraphError(STAGE, problem, "write for example --keep lm_head=int8")
@@ -141,7 +141,7 @@ def with_int8_prefill(config: ExportConfig, shapes: Sequence[GraphShape]) -> lis
 
     The first stays: it shares the decode's weights, and `stillgraph compile` keeps the one that is faster.
     """
-    fast = config.quantisation is not None and config.quantisation.fast_prefill
+    fast = config.quantization is not None and config.quantization.fast_prefill
     prefills = [shape for shape in shapes if fast and shape.role == "prefill"]
     return [*shapes, *(shape.model_copy(update={"int8_activations": True}) for shape in prefills)]
 
@@ -211,7 +211,7 @@ def check_fits_bundle(
         "checkpoint": (checkpoint_sha256[:12], former.source.checkpoint_sha256[:12]),
         "target": (config.target, former.target),
         "precision": (config.precision, former.precision),
-        "quantisation": (config.quantisation, former.quantisation),
+        "quantization": (config.quantization, former.quantization),
     }
     for entry in former.graphs.values():
         if entry.shape.role != shape.role and shape.caches and entry.shape.caches:

@@ -1,4 +1,4 @@
-"""Where the export's commands speak: results on stdout, progress on stderr."""
+"""Output of the export's commands: results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FILE_WIDTH = 160  # of tables where stdout is no terminal: none of their cells i
 
 @dataclass(frozen=True)
 class Output:
-    """One command's way of speaking."""
+    """One command's output."""
 
     quiet: bool
     as_json: bool
 
     @contextmanager
     def progress(self) -> Iterator[Say]:
-        """Yield what shows the step at work: one line that changes, or lines where stderr is no terminal."""
+        """Yield what shows the current step: one line that changes, or lines where stderr is no terminal."""
         console = Console(stderr=True, quiet=self.quiet, highlight=False)
         if not console.is_terminal:
             yield lambda text: console.print(text, markup=False, soft_wrap=True)
@@ -33,7 +33,7 @@ class Output:
             yield lambda text: status.update(escape(text))
 
     def result(self, line: dict[str, object], *shown: RenderableType) -> None:
-        """One line of JSON, or the same for people."""
+        """One line of JSON, or readable text."""
         if self.as_json:
             print(to_json(line, inf_nan_mode="null").decode(), flush=True)  # JSON has no NaN
             return

@@ -1,4 +1,4 @@
-"""Open and run a graph file for comparison: mapped weights, ONNX Runtime's own optimisations on or off."""
+"""Open and run a graph file for comparison: mapped weights, ONNX Runtime's own optimizations on or off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stillgraph.manifest import Alias
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
-def open_graph(path: Path, optimised: bool, pack: bool = False) -> ort.InferenceSession:
+def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.InferenceSession:
     """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve.
 
     Without packing MatMulNBits widens weights to fp32 and multiplies in fp32; with it, int8 by int4 or int8.
@@ -24,7 +24,7 @@ def open_graph(path: Path, optimised: bool, pack: bool = False) -> ort.Inference
     for name, value in EXACT_SUMS.items():
         options.add_session_config_entry(name, value)
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
-    if not optimised:
+    if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

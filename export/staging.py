@@ -21,7 +21,7 @@ RENAME_EXCHANGE = 2
 def staged(place: Path) -> Iterator[Path]:
     """Yield an empty folder beside `place`; on leaving without an error it becomes `place`.
 
-    Whatever ends the process before that, `place` holds what it held. Folders left behind by processes that
+    However the process ends before that, `place` keeps its old content. Folders left behind by processes that
     are gone are removed. Raises StillgraphError where `place` is something else than a bundle.
     """
     if place.exists() and (not place.is_dir() or (any(place.iterdir()) and not (place / MANIFEST).is_file())):
@@ -45,7 +45,7 @@ def staged(place: Path) -> Iterator[Path]:
 
 
 def staged_file(path: Path, content: str) -> None:
-    """Write a text file in one step: a reader, or a crash, sees the former content or the new."""
+    """Write a text file in one step: a reader, or a crash, sees the previous content or the new."""
     staging = path.with_name(f".{path.name}.staging-{os.getpid()}")
     staging.write_text(content, encoding="utf-8")
     staging.replace(path)
@@ -55,7 +55,7 @@ def _move(staging: Path, place: Path) -> None:
     if not place.exists():
         staging.rename(place)
     elif not _exchange(staging, place):
-        # No atomic exchange here: the former bundle stands aside for the length of one rename.
+        # No atomic exchange here: the previous bundle is moved away for the length of one rename.
         aside = place.parent / f".{place.name}.former-{os.getpid()}"
         place.rename(aside)
         staging.rename(place)
@@ -85,7 +85,7 @@ def _remove_leftovers(place: Path) -> None:
 
 
 def _at_work(pid: int) -> bool:
-    """Whether another process of this number runs. In a container every export may have the same number."""
+    """Whether another process of this id runs. In a container every export may have the same id."""
     if pid == os.getpid():
         return False
     try:

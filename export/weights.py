@@ -27,7 +27,7 @@ def layout(
     known = known or {}
     tensors, end = dict[str, WeightTensor](), start
     places = {name: place.offset for name, place in known.items()}
-    # What is made of one quantisation has names with one start, so it comes in one row.
+    # What is made of one quantization has names with one start, so it comes in one row.
     for weight in sorted(weights, key=lambda weight: weight.name):
         if weight.content not in places:
             places[weight.content] = -(-end // ALIGNMENT) * ALIGNMENT
@@ -48,7 +48,7 @@ def write(
     """Add the weights that `former` lacks to the folder's weights file, one at a time.
 
     The file of `former`, if given, must already be a private copy in `folder`. advance is called with the
-    bytes written. Peak memory is that of the largest weight, as read and as written; of a quantised one, its
+    bytes written. Peak memory is that of the largest weight, as read and as written; of a quantized one, its
     codes and a part.
     """
     path = folder / WEIGHTS_FILE

@@ -22,7 +22,7 @@ def forward(
 ) -> tuple[Tensor, None]:
     """`forward` of a decoder's attention over a cache that attends by itself; positions and masks are its.
 
-    Queries and keys are normalised where the model has norms for them. The concatenation of weights is
+    Queries and keys are normalized where the model has norms for them. The concatenation of weights is
     theirs alone, so it is done once, when the weights are written.
     """
     projections = (self.q_proj, self.k_proj, self.v_proj)

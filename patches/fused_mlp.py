@@ -26,7 +26,7 @@ FUSED_MLP = Patch(
     target="transformers.models.gemma3.modeling_gemma3:Gemma3MLP.forward",
     signature=("self", "x"),
     replacement=forward,
-    reason="one product quantises its input once and splits its rows over the cores once",
+    reason="one product quantizes its input once and splits its rows over the cores once",
     upstream="https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3/modeling_gemma3.py",
     remove_when="transformers fuses gate and up itself",
 )

@@ -16,7 +16,7 @@ class Patch:
 
     target: `module:Class.attribute`; signature: the parameters the target must still have, so that a new
     release of the library is noticed; upstream: where the library's own code or issue is; remove_when: the
-    event that makes the patch needless.
+    event that makes the patch unnecessary.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""RMSNorm as a division by a root, the form that runtimes recognise."""
+"""RMSNorm as a division by a root, the form that runtimes recognize."""
 
 from __future__ import annotations
 

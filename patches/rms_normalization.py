@@ -13,15 +13,15 @@ from stillgraph.patches.patch import Patch
 
 def forward(self: Any, x: Tensor) -> Tensor:
     """`Gemma3RMSNorm.forward` as RMSNormalization over the last axis, scaled by 1 + weight."""
-    return _normalised(x, 1.0 + self.weight.float(), self.eps)
+    return _normalized(x, 1.0 + self.weight.float(), self.eps)
 
 
 def unshifted_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """As `forward`, of the norms that scale by the weight itself and not by 1 + weight."""
-    return _normalised(hidden_states, self.weight, self.variance_epsilon)
+    return _normalized(hidden_states, self.weight, self.variance_epsilon)
 
 
-def _normalised(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+def _normalized(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     normed: Tensor = torch.onnx.ops.symbolic(
         "RMSNormalization",
         [x, scale],
@@ -38,7 +38,7 @@ RMS_NORMALIZATION = Patch(
     target="transformers.models.gemma3.modeling_gemma3:Gemma3RMSNorm.forward",
     signature=("self", "x"),
     replacement=forward,
-    reason="one kernel instead of five nodes that a runtime must recognise",
+    reason="one kernel instead of five nodes that a runtime must recognize",
     upstream="https://onnx.ai/onnx/operators/onnx__RMSNormalization.html",
     remove_when="torch exports transformers' norm classes as RMSNormalization",
 )

@@ -133,7 +133,7 @@ def _public(name: object) -> None:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment of transformers' `_compile_jinja_template`: templates are code of strangers."""
+    """The environment of transformers' `_compile_jinja_template`: templates are untrusted code."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )

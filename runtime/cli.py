@@ -56,7 +56,9 @@ def _add(app: typer.Typer, name: str, command: object) -> None:
     elif callable(command):
         app.command(name)(command)
     else:
-        raise StillgraphError(f"stillgraph {name}", f"{command!r} is no command", "install stillgraph again")
+        raise StillgraphError(
+            f"stillgraph {name}", f"{command!r} is not a command", "install stillgraph again"
+        )
 
 
 def _loaded_or_stub(entry: EntryPoint) -> object:

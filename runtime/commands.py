@@ -18,10 +18,10 @@ from stillgraph.metrics import PeakPss, Times, peak_rss_mb
 
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to write at most.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many of the most likely tokens.")]
 TopP = Annotated[
-    float | None, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+    float | None, typer.Option(help="Sample from the most likely tokens of this total probability.")
 ]
 MinP = Annotated[float | None, typer.Option(help="Drop what is less likely than this share of the best.")]
 Penalty = Annotated[
@@ -115,7 +115,7 @@ def chat(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Talk, a line a turn. /image PATH shows a picture; /reset begins again; /exit ends, as does the input.
+    """Chat, a line a turn. /image PATH shows a picture; /reset begins again; /exit ends, as does the input.
 
     Each turn continues the cache of the turn before, where the bundle's prefill can.
     """
@@ -183,7 +183,9 @@ def _read_prompt(text: str | None, file: str | None, token_ids: str | None, chat
         raise StillgraphError("read prompt", problem, "give one of --prompt, --prompt-file and --token-ids")
     if token_ids is not None:
         if chat:
-            raise StillgraphError("read prompt", "--token-ids is no text for --chat", "leave one of them out")
+            raise StillgraphError(
+                "read prompt", "--token-ids cannot be used with --chat", "leave one of them out"
+            )
         return _parse_ids(token_ids)
     if file is None and text != "-":
         return text or ""

@@ -1,6 +1,6 @@
 """A compiled folder, `BUNDLE/compiled/<cpu>/`: what it holds, and whether it fits this machine and bundle.
 
-It holds what a session would otherwise make at every start: each graph as ONNX Runtime optimised it and,
+It holds what a session would otherwise make at every start: each graph as ONNX Runtime optimized it and,
 where weights are packed for the CPU, one file of packed weights that every graph maps. `stillgraph compile`
 writes it.
 """
@@ -97,7 +97,7 @@ class Found:
 def find(bundle: Path, manifest: Manifest, hashes: bool = False) -> Found:
     """The compiled folder that fits this CPU, this ONNX Runtime and these files of the bundle.
 
-    Sizes are checked always, hashes of the compiled files on request. Never raises for what it finds.
+    Sizes are checked always, hashes of the compiled files on request. Never raises because of what it finds.
     """
     cpu = cpu_name()
     folder = bundle / COMPILED / cpu
@@ -129,7 +129,7 @@ def read(folder: Path) -> Compiled:
 def set_options(options: ort.SessionOptions, bundle: Path, packed: bool) -> None:
     """Make the options of a plain graph's session those of a compiled one, whose paths start at the bundle.
 
-    Nothing is left to optimise. Packed weights are found only by a session that packs: ONNX Runtime packs
+    Nothing is left to optimize. Packed weights are found only by a session that packs: ONNX Runtime packs
     each weight again, compares, drops its own copy and reads the mapped one. So every page of them is mapped
     after a load, and of `weights` nothing needs to be but where weights are not packed.
     """

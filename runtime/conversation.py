@@ -25,7 +25,7 @@ class Conversation:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self.messages: list[Message] = []
         self.images: list[Source] = []  # of all messages, and after them those shown for the next question
         self._shown = 0

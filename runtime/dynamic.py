@@ -62,7 +62,7 @@ class GrowingGraph:
         self.cached, self._past = [[]], self._nothing()
 
     def release(self) -> None:
-        """Nothing: there is no other graph."""
+        """Does nothing: there is no other graph."""
 
     def _feed(self, ids: Sequence[int]) -> Array:
         new = ort.OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))  # [1, S]

@@ -246,9 +246,9 @@ class Engine:
             raise StillgraphError("read prompt", problem, remedy)
 
     def _generate(self, rows: list[Row], request: int, origin: float) -> Iterator[tuple[int, Step]]:
-        """origin: when the request began, on a clock that stands still while graphs are loaded."""
+        """origin: when the request began, on a clock that is stopped while graphs are loaded."""
         self._still_mine(request)
-        idle = [rows[0].slots] * (self.graphs.rows - len(rows))  # rows nobody asked for get a copy
+        idle = [rows[0].slots] * (self.graphs.rows - len(rows))  # unused rows get a copy
         prompts = [row.slots for row in rows] + idle
         if self.vision is not None:
             self.vision.see(prompts, self.graphs.release)

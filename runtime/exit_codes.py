@@ -55,7 +55,7 @@ def _told(error: Exception, args: Sequence[str]) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.strerror:
         path = f"{error.filename}: " if error.filename else ""
-        return f"{path}{error.strerror}; put that right and run the command again.", 2
+        return f"{path}{error.strerror}; fix that and run the command again.", 2
     first = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__} ({first}); run again with --debug to see where.", 1
 

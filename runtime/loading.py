@@ -42,7 +42,7 @@ def load(
 
     unload_prefill: hold one graph at a time in memory; None asks the environment for
     UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
-    file and compare its hash with the manifest's. compiled: False to leave aside what 'stillgraph compile'
+    file and compare its hash with the manifest's. compiled: False to ignore what 'stillgraph compile'
     made. profile: a folder for ONNX Runtime's trace of each graph, `prefill_*.json` and `decode_*.json`,
     written when the graph is unloaded; runs are slower by some microseconds a node.
 

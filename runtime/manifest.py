@@ -96,7 +96,7 @@ class Tokens(Frozen):
     stop: tuple[NonNegativeInt, ...]
 
 
-class Quantisation(Frozen):
+class Quantization(Frozen):
     """How weights of int8 and int4 are stored: blocks of a row's weights share a scale, and a zero point.
 
     symmetric: no zero points; keep: patterns of weight names and the precision those are kept at instead;
@@ -111,7 +111,7 @@ class Quantisation(Frozen):
 
 
 class Quality(Frozen):
-    """What quantised weights cost: the graph's logits against those of the checkpoint's own weights.
+    """What quantized weights cost: the graph's logits against those of the checkpoint's own weights.
 
     text: whether over a text, or over random ids; kl: mean KL divergence in nats; top1_agreement: share of
     positions with the same best token; perplexity: of the text, and the checkpoint's;
@@ -165,7 +165,7 @@ class Manifest(Frozen):
     model: ModelSpec
     target: Target
     precision: Precision
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     requires: Requires = Requires()
     tools: dict[str, str]
     graphs: dict[str, GraphEntry]

@@ -8,7 +8,8 @@ import mmap
 from pathlib import Path
 
 MADV_POPULATE_READ = 22  # of Linux
-STEP = 1 << 23  # bytes that are read at a time, with no other thread of Python; a whole number of huge pages
+# bytes that are read at a time, with no other thread of Python; a multiple of the huge page size
+STEP = 1 << 23
 log = logging.getLogger("stillgraph")
 
 

@@ -136,7 +136,7 @@ def top_p(mass: float) -> Processor:
 
 
 def min_p(share: float) -> Processor:
-    """Drops what is less likely than `share` of the likeliest (MinPLogitsWarper)."""
+    """Drops what is less likely than `share` of the most likely (MinPLogitsWarper)."""
 
     def process(scores: Array, _: Sequence[int]) -> Array:
         likely = _softmax(scores)

@@ -28,7 +28,7 @@ NEW, PAST, TOTAL = (
 class Frozen(BaseModel):
     """A value object: immutable, and an unknown key is an error."""
 
-    # NaN of a failed check must survive the way through JSON; as null it would not be read again.
+    # NaN of a failed check must survive a round trip through JSON; as null it would not be read again.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 

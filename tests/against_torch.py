@@ -3,8 +3,9 @@
     python tests/against_torch.py greedy BUNDLE CHECKPOINT --prompt-tokens 100 --tokens 900
     python tests/against_torch.py speed  BUNDLE CHECKPOINT --prompt-tokens 128 --tokens 32 --turns 3
 
-`speed` runs every contender in a process of its own, in turns, so that the machine's moods hit all alike:
-read the ratios, not the times. A tool to be run by hand: it is no test, because it takes a large checkpoint.
+`speed` runs every contender in a process of its own, in turns, so that changing load on the machine affects
+all equally: read the ratios, not the times. A tool to be run by hand: it is no test, because it takes a large
+checkpoint.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
     folder.mkdir(parents=True)
     family = families()[raw["architectures"][0]]
     model = family.build(family.config(dict(raw)))
-    randomise(model, seed)
+    randomize(model, seed)
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
@@ -226,7 +226,7 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
         (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[raw["model_type"]]))
 
 
-def randomise(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int) -> None:
     """Seeded weights: matrices large enough for logits that vary, no norm at its initial constant."""
     import torch
 

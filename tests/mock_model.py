@@ -28,8 +28,8 @@ CHAT = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_
 BALLAST: list[tuple[str, list[str], str, dict[str, Any]]] = [
     ("Expand", ["total", "wide"], "spread", {}),
     ("MatMul", ["spread", "ballast"], "product", {}),
-    ("ReduceSum", ["product", "axis"], "nought", {}),
-    ("Add", ["total", "nought"], "sum", {}),
+    ("ReduceSum", ["product", "axis"], "zero", {}),
+    ("Add", ["total", "zero"], "sum", {}),
 ]
 
 

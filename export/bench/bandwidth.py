@@ -16,8 +16,8 @@ SHARES = 4  # pieces a thread, at least, so that none waits long for the slowest
 def read_bandwidth(threads: int, seconds: float = 1.0, size_mb: int = 512) -> float:
     """GB/s (10^9 bytes) that `threads` threads read out of `size_mb` MB (10^6 bytes) together.
 
-    The best pass over the buffer within `seconds`, and one pass at least: others at work on the machine only
-    make it slower. The buffer is to be several times the last-level cache. Raises StillgraphError for a
+    The best pass over the buffer within `seconds`, and one pass at least: other load on the machine only
+    makes it slower. The buffer is to be several times the last-level cache. Raises StillgraphError for a
     number of threads, seconds or MB that is not above 0.
     """
     for name, value in (("threads", threads), ("seconds", seconds), ("size_mb", size_mb)):
@@ -30,7 +30,7 @@ def read_bandwidth(threads: int, seconds: float = 1.0, size_mb: int = 512) -> fl
     with ThreadPoolExecutor(threads) as pool:
         while True:
             began = time.perf_counter()
-            for _ in pool.map(np.bitwise_or.reduce, pieces):  # numpy lets go of its lock meanwhile
+            for _ in pool.map(np.bitwise_or.reduce, pieces):  # numpy releases the GIL meanwhile
                 pass
             best = min(best, time.perf_counter() - began)
             if time.perf_counter() >= end:

@@ -112,7 +112,7 @@ def bench(
 
 @dataclass
 class Bench:
-    """One benchmark at work, and its report so far."""
+    """One benchmark in progress, and its report so far."""
 
     subject: Subject
     entries: list[Entry]

@@ -45,7 +45,7 @@ class Entry:
 
 
 def prepare(entries: Sequence[Entry], say: Say) -> None:
-    """Make the models that are not there. One that cannot be made gets a note and takes no part."""
+    """Make the models that are not there. One that cannot be made gets a note and does not take part."""
     for entry in entries:
         blind = entry.setting.image is not None and not entry.contender.sees
         entry.note = (
@@ -154,7 +154,7 @@ def _check_image(image: str, prompt_tokens: int, vision: VisionSpec | None) -> N
         problem = f"--image {image} for a model that takes text alone"
         raise StillgraphError("bench", problem, "leave it out")
     if not Path(image).is_file():
-        raise StillgraphError("bench", f"--image {image} is no file", "name a picture")
+        raise StillgraphError("bench", f"--image {image} is not a file", "name a picture")
     if prompt_tokens <= BEFORE + vision.image_tokens:
         problem = f"--prompt-tokens {prompt_tokens} has no room for a picture of {vision.image_tokens} tokens"
         raise StillgraphError("bench", problem, f"give {BEFORE + vision.image_tokens + 1} or more")

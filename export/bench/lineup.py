@@ -52,7 +52,7 @@ class Subject:
 
 
 def open_subject(bundle: Path) -> Subject:
-    """Raises StillgraphError where it is no bundle that can be compared."""
+    """Raises StillgraphError where it is not a bundle that can be compared."""
     manifest = read(bundle)
     batch = {graph.shape.batch for graph in manifest.graphs.values()}
     if batch != {1}:
@@ -77,7 +77,7 @@ def lineup(found: Subject, source: Source, against: Sequence[str]) -> list[Conte
             named = [Contender(word, word, word, Path(), "", missing=remedy)]
         if not named:
             known = ", ".join(["all", *ALL, *(other.name for other in added if other.name not in ALL)])
-            raise StillgraphError(STAGE, f"--against {word!r} is no contender", f"use a bundle or {known}")
+            raise StillgraphError(STAGE, f"--against {word!r} is not a contender", f"use a bundle or {known}")
         chosen += [contender for contender in named if contender.name not in {c.name for c in chosen}]
     return chosen
 

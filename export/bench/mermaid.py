@@ -1,4 +1,4 @@
-"""A benchmark's bars as Mermaid charts, which Markdown is shown with on code hosts."""
+"""A benchmark's bars as Mermaid charts, as code hosts show them in Markdown."""
 
 from __future__ import annotations
 

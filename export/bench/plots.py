@@ -1,4 +1,4 @@
-"""The plots of a benchmark as inline SVG, with text as text, in colours that read on white and on black.
+"""The plots of a benchmark as inline SVG, with text as text, in colors that read on white and on black.
 
 matplotlib comes with the extra `bench`; `figures` is the only place that imports it.
 """
@@ -22,7 +22,7 @@ from stillgraph.exporter.bench.measures import (
     ttft,
 )
 from stillgraph.exporter.bench.report import Hotspot, Report, Result, Setting, Spread
-from stillgraph.exporter.bench.style import COLOURS, INK, WIDTH, Drawn, grid, legend, line, new, style, svg
+from stillgraph.exporter.bench.style import COLORS, INK, WIDTH, Drawn, grid, legend, line, new, style, svg
 from stillgraph.exporter.bench.timeline import memory_over_time, positions
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def _bar(results: Sequence[Result], title: str, label: str, measure: Measure) ->
         spread = Spread.of(values)
         assert spread is not None
         own = result.name == results[0].name
-        colour = COLOURS[0] if own else INK
-        axes.barh(place, spread.median, height=0.62, color=colour, alpha=0.9 if own else 0.45, linewidth=0)
+        color = COLORS[0] if own else INK
+        axes.barh(place, spread.median, height=0.62, color=color, alpha=0.9 if own else 0.45, linewidth=0)
         axes.plot([spread.least, spread.most], [place, place], color=INK, linewidth=1.2)
         axes.plot(values, [place] * len(values), "o", markersize=3.2, color=INK, markeredgewidth=0)
         axes.annotate(
@@ -148,7 +148,7 @@ def _by_op(spots: Sequence[Hotspot]) -> Figure:
     if ordered[MOST_BARS:]:
         shown.append(("others", sum(spot.ms for spot in ordered[MOST_BARS:])))
     figure, (axes,) = new(0.7 + 0.25 * len(shown))
-    bars = axes.barh([name for name, _ in shown], [ms for _, ms in shown], color=COLOURS[0], height=0.66)
+    bars = axes.barh([name for name, _ in shown], [ms for _, ms in shown], color=COLORS[0], height=0.66)
     axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=9)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.margins(x=0.14)
@@ -160,7 +160,7 @@ def _by_op(spots: Sequence[Hotspot]) -> Figure:
 
 def _by_layer(spots: Sequence[Hotspot]) -> Figure:
     figure, (axes,) = new(3.0)
-    axes.bar(range(len(spots)), [spot.ms for spot in spots], color=COLOURS[0], width=0.72)
+    axes.bar(range(len(spots)), [spot.ms for spot in spots], color=COLORS[0], width=0.72)
     axes.set_xticks(
         range(len(spots)), [spot.name.removeprefix("layer ") for spot in spots], rotation=90, fontsize=8
     )

@@ -1,4 +1,4 @@
-"""One contender's turn: a fresh process, while nothing else runs on the machine if that can be had."""
+"""One contender's turn: a fresh process, while nothing else runs on the machine if possible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TurnFailed(Exception):
 
 
 class Turn:
-    """What one process said: its run, what it says of itself, and the memory seen from outside."""
+    """What one process reported: its run, facts about it, and the memory seen from outside."""
 
     def __init__(self, row: dict[str, Any], turn: int, memory: Memory | None) -> None:
         self.facts, self.memory = row.pop("facts"), memory
@@ -37,7 +37,7 @@ class Turn:
 
 
 def take_turn(contender: Contender, request: Request, turn: int, patience: float) -> Turn:
-    """The quietest of a few tries, as soon as one was undisturbed. Raises TurnFailed.
+    """The quietest of a few tries, stopping at the first that was undisturbed. Raises TurnFailed.
 
     Turn 0 is not counted: it warms the file cache, and its memory is sampled, which costs time.
     """

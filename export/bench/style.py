@@ -1,4 +1,4 @@
-"""How plots of a benchmark look: size, ink, colours, lines and legends, and a figure as SVG."""
+"""How plots of a benchmark look: size, ink, colors, lines and legends, and a figure as SVG."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#7b818c"  # becomes the page's own ink, see `svg`
-COLOURS = ("#3b82f6", "#e0912f", "#14a38b", "#a26be0", "#df5f8d", "#8c9a35", "#36a3c9", "#b8785a")
-DASHES = ("-", "--", ":")  # of the first contenders, which have a colour each, and of those after them
+COLORS = ("#3b82f6", "#e0912f", "#14a38b", "#a26be0", "#df5f8d", "#8c9a35", "#36a3c9", "#b8785a")
+DASHES = ("-", "--", ":")  # of the first contenders, which have a color each, and of those after them
 WIDTH = 5.4  # inches: two beside each other on a desk, one on a phone, both with readable text
 WIDE = 11.4  # inches: as wide as the page
 
@@ -57,15 +57,15 @@ def svg(figure: Figure, prefix: str) -> str:
     return text.replace(INK, "var(--ink, #7b818c)")
 
 
-def colours(report: Report) -> dict[str, str]:
-    """A colour a contender, the same in every plot; the bundle's own is the first."""
+def colors(report: Report) -> dict[str, str]:
+    """A color a contender, the same in every plot; the bundle's own is the first."""
     names = list(dict.fromkeys(result.name for result in report.results))
-    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    return {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
 
 
 def dashes(report: Report, name: str) -> str:
-    """A contender's kind of line, which tells it from another of its colour."""
-    return DASHES[list(colours(report)).index(name) // len(COLOURS) % len(DASHES)]
+    """A contender's kind of line, which tells it from another of its color."""
+    return DASHES[list(colors(report)).index(name) // len(COLORS) % len(DASHES)]
 
 
 def grid(axes: Axes, axis: str) -> None:
@@ -78,7 +78,7 @@ def line(
 ) -> None:
     own = result.name == report.results[0].name
     axes.plot(
-        x, y, color=colours(report)[result.name], label=result.label, linewidth=2.2 if own else 1.3,
+        x, y, color=colors(report)[result.name], label=result.label, linewidth=2.2 if own else 1.3,
         zorder=3 if own else 2, linestyle=dashes(report, result.name), **more,
     )  # fmt: skip
 

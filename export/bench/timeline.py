@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from stillgraph.exporter.bench.measures import at_first_setting
 from stillgraph.exporter.bench.report import Memory, Report
-from stillgraph.exporter.bench.style import INK, Drawn, colours, grid, legend, line, new
+from stillgraph.exporter.bench.style import INK, Drawn, colors, grid, legend, line, new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def memory_over_time(report: Report) -> Drawn:
         axes.tick_params(axis="x", labelbottom=True)
         axes.set_xlabel("seconds since the process began")
     for axes, (result, memory) in zip(panels, found, strict=False):
-        _memory_panel(axes, memory, colours(report)[result.name])
+        _memory_panel(axes, memory, colors(report)[result.name])
         axes.set_title(result.label, loc="left", fontsize=9, pad=3)
     panels[0].set_ylim(bottom=0)
     panels[0].set_xlim(left=0)
@@ -89,14 +89,14 @@ def memory_over_time(report: Report) -> Drawn:
     )
 
 
-def _memory_panel(axes: Axes, memory: Memory, colour: str) -> None:
+def _memory_panel(axes: Axes, memory: Memory, color: str) -> None:
     end = memory.samples[-1][0]
     marks = [*memory.marks, (end, "")]
     for (start, name), (stop, _) in pairwise(marks):
         if stop > start:
             shade = PHASES.get(name, INK)
             axes.axvspan(start / 1e3, stop / 1e3, color=shade, alpha=0.24, linewidth=0, label=name)
-    axes.plot([ms / 1e3 for ms, _ in memory.samples], [mb for _, mb in memory.samples], color=colour,
+    axes.plot([ms / 1e3 for ms, _ in memory.samples], [mb for _, mb in memory.samples], color=color,
               linewidth=1.8, marker="o" if len(memory.samples) == 1 else None)  # fmt: skip
     axes.locator_params(axis="y", nbins=4)
     grid(axes, "y")

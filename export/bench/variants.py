@@ -86,7 +86,7 @@ def base_name(manifest: Manifest) -> str:
     if manifest.graph("dynamic") is not None:
         return "dynamic"
     words = [manifest.target, "" if manifest.precision == "fp32" else manifest.precision]
-    if form := manifest.quantisation:
+    if form := manifest.quantization:
         words += [
             f"b{form.block_size}" if form.block_size != 128 else "",
             "fast" if form.fast_prefill else "",

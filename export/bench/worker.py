@@ -61,7 +61,7 @@ class Contender(Protocol):
 def main(file: str, request: Request) -> dict[str, Any]:
     """Load, warm up, measure: one row. TTFT is of several requests, of which all but the last end there."""
     began = time.monotonic()
-    sys.path[0] = str(Path(file).resolve().parent)  # a contender finds its neighbours, not those of this file
+    sys.path[0] = str(Path(file).resolve().parent)  # a contender finds its neighbors, not those of this file
     contender: Contender = runpy.run_path(file)["open_contender"](request)
     marks = [(began, "load"), (time.monotonic(), "first request")]
     loaded = pss_mb()

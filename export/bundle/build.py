@@ -65,7 +65,7 @@ def export(
     """Export graphs into the bundle at `config.place`; with `replace` they make a new one.
 
     say is called with what is being done; vision: see `config.with_pictures`. Raises StillgraphError for bad
-    input and CheckFailed where a graph does not pass its checks; in either case the former bundle is as it
+    input and CheckFailed where a graph does not pass its checks; in either case the previous bundle is as it
     was.
     """
     say("reading the checkpoint")
@@ -102,8 +102,8 @@ def export(
 def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say: Say) -> Traced:
     say(f"tracing {shape.name}")
     plan = None
-    if config.quantisation is not None:
-        plan = Plan.of(config.target, config.precision, config.quantisation, shape, checkpoint.tied)
+    if config.quantization is not None:
+        plan = Plan.of(config.target, config.precision, config.quantization, shape, checkpoint.tied)
     model = convert(
         checkpoint, shape, config.target, config.precision, apart=plan is not None and plan.apart(shape)
     )
@@ -121,7 +121,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
 
 
 def carry_over(place: Path, folder: Path, former: Manifest) -> None:
-    """Link the former bundle's files; links, so that gigabytes are not copied to add a small graph."""
+    """Link the previous bundle's files; links, so that gigabytes are not copied to add a small graph."""
     for file in former.all_files():
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def _write_weights(
     if needed > (free := shutil.disk_usage(folder).free):
         problem = f"{needed / 1e9:.2f} GB of weights do not fit into {free / 1e9:.2f} GB of free disk space"
         raise StillgraphError("write weights", problem, "free space or give another --out")
-    if linked:  # the former bundle's file must not change under it
+    if linked:  # the previous bundle's file must not change under it
         private = path.with_suffix(".private")
         shutil.copyfile(path, private)
         private.replace(path)
@@ -155,7 +155,7 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: W
     spec, shape = checkpoint.spec, traced.shape
     weights.attach(traced.after, stored)
     path = folder / f"{shape.name}.onnx"
-    path.unlink(missing_ok=True)  # it may be a link into the former bundle
+    path.unlink(missing_ok=True)  # it may be a link into the previous bundle
     ir.save(traced.after, path)
     pairs = [
         # A decode and a fused prefill write into their past; a portable prefill selects between two buffers.
@@ -222,7 +222,7 @@ def _manifest(
         model=checkpoint.spec,
         target=config.target,
         precision=config.precision,
-        quantisation=config.quantisation,
+        quantization=config.quantization,
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         graphs=graphs,
         weights=stored,

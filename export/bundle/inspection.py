@@ -16,7 +16,7 @@ from rich.table import Table
 from stillgraph.compiled import Found, Products, find
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.compile.kernel_choice import product_table
-from stillgraph.manifest import GraphEntry, Manifest, Quantisation, Validation, check_files, read
+from stillgraph.manifest import GraphEntry, Manifest, Quantization, Validation, check_files, read
 from stillgraph.spec import ITEM_SIZE, Frozen, GraphShape, LayerKind, cache_shape
 
 STAGE = "inspect"
@@ -83,7 +83,7 @@ class Inspection(Frozen):
     checkpoint_sha256: str
     target: str
     precision: str
-    quantisation: Quantisation | None
+    quantization: Quantization | None
     compiled: str | None
     products: Products | None
     tools: dict[str, str]
@@ -106,7 +106,7 @@ def inspect(bundle: Path) -> Inspection:
         checkpoint_sha256=manifest.source.checkpoint_sha256,
         target=manifest.target,
         precision=manifest.precision,
-        quantisation=manifest.quantisation,
+        quantization=manifest.quantization,
         compiled=_compiled(found),
         products=found.compiled.products if found.compiled else None,
         tools=manifest.tools,
@@ -122,7 +122,7 @@ def _graph(bundle: Path, entry: GraphEntry) -> GraphInspection:
     path = bundle / entry.file.path
     try:
         graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # the parser of protobuf raises what it likes
+    except Exception as error:  # the protobuf parser raises undocumented exceptions
         problem = f"{path} is not an ONNX graph ({' '.join(str(error).split())})"
         raise StillgraphError(STAGE, problem, "export the bundle again") from error
     return GraphInspection(
@@ -191,7 +191,7 @@ def _ranges(manifest: Manifest) -> Ranges:
 
 
 def tables(inspection: Inspection) -> list[Table]:
-    """The same for people."""
+    """The same as readable text."""
     timed = [product_table(inspection.products)] if inspection.products else []
     others = _file_table(inspection), _op_table(inspection), _memory_table(inspection)
     return [_overview(inspection), *others, *timed]
@@ -209,7 +209,7 @@ def _overview(inspection: Inspection) -> Table:
     rows = {
         "model": f"{inspection.model} ({inspection.architecture})",
         "checkpoint": inspection.checkpoint_sha256,
-        "target, precision": f"{inspection.target}, {inspection.precision}{_form(inspection.quantisation)}",
+        "target, precision": f"{inspection.target}, {inspection.precision}{_form(inspection.quantization)}",
         "compiled": inspection.compiled or ("no" if _grows(inspection) else UNCOMPILED),
         "made with": ", ".join(f"{name} {version}" for name, version in inspection.tools.items()),
         "token ids": f"0 to {ranges.vocabulary - 1}",
@@ -227,13 +227,13 @@ def _grows(inspection: Inspection) -> bool:
     return any(graph.shape.grows for graph in inspection.graphs.values())
 
 
-def _form(quantisation: Quantisation | None) -> str:
-    if quantisation is None:
+def _form(quantization: Quantization | None) -> str:
+    if quantization is None:
         return ""
-    kind = "symmetric" if quantisation.symmetric else "asymmetric"
-    kept = "".join(f", {pattern} kept at {value}" for pattern, value in quantisation.keep.items())
-    fast = ", a prefill with int8 weights of its own" if quantisation.fast_prefill else ""
-    return f" in {kind} blocks of {quantisation.block_size}{kept}{fast}"
+    kind = "symmetric" if quantization.symmetric else "asymmetric"
+    kept = "".join(f", {pattern} kept at {value}" for pattern, value in quantization.keep.items())
+    fast = ", a prefill with int8 weights of its own" if quantization.fast_prefill else ""
+    return f" in {kind} blocks of {quantization.block_size}{kept}{fast}"
 
 
 def _compiled(found: Found) -> str | None:

@@ -72,7 +72,7 @@ def _simplified(bundle: Path, entry: GraphEntry, manifest: Manifest, say: Say) -
     say(f"simplifying {path.name}")
     try:
         model = ir.load(path)  # weights stay in their file until someone asks for them
-    except Exception as error:  # the parser of protobuf raises what it likes
+    except Exception as error:  # the protobuf parser raises undocumented exceptions
         problem = f"{path} is not an ONNX graph ({' '.join(str(error).split())})"
         raise StillgraphError(STAGE, problem, "export the bundle again") from error
     weights.detach(model)

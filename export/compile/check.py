@@ -34,7 +34,7 @@ def compare(plain: Variant, other: Variant, entry: GraphEntry, vocab: int, seed:
     name, worst = max(((name, difference(expected[name], found[name])) for name in expected), key=_size)
     if not worst <= SAME:
         problem = f"{name} of compiled {entry.shape.name} is off by {worst:.2e} of its largest value"
-        raise CheckFailed("compile", problem, "report this as a defect")
+        raise CheckFailed("compile", problem, "please report this bug")
     return worst
 
 

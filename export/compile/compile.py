@@ -1,7 +1,7 @@
-"""Do once, for this machine, what ONNX Runtime would do at every start: optimise the graphs and pack weights.
+"""Do once, for this machine, what ONNX Runtime would do at every start: optimize the graphs and pack weights.
 
 The result lies in `BUNDLE/compiled/<cpu>/`. Its description is written last and in one step, and no file that
-the former one names is touched before that: an interrupted compile leaves the former result, or none.
+the previous one names is touched before that: an interrupted compile leaves the previous result, or none.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from stillgraph.manifest import read as read_manifest
 STAGE = "compile"
 MIN_EXTERNAL = 1024  # bytes; smaller weights stay inside the graph's file
 # Bytes that packing takes of the disk, by bytes of weights: each weight as it is and packed (int4 in blocks
-# of 32 grows by half), in the file that stays and in the one that ONNX Runtime writes for the graph at work.
+# of 32 grows by half), in the file that stays and in the one that ONNX Runtime writes for the current graph.
 DISK = 5
-FULL = 1 << 20  # bytes free on a disk that is as good as full
+FULL = 1 << 20  # bytes free on a disk that is practically full
 Say = Callable[[str], None]
 
 
@@ -64,9 +64,9 @@ class Job:
 
 
 def compile_bundle(bundle: Path, say: Say, pack_fp32: bool = False) -> Compiled:
-    """Compile every graph of a bundle for this CPU and this ONNX Runtime; replaces a former result.
+    """Compile every graph of a bundle for this CPU and this ONNX Runtime; replaces a previous result.
 
-    Weights are stored as the kernels pack them, but those of an fp32 bundle: both graphs can map these
+    Weights are stored as the kernels pack them, except those of an fp32 bundle: both graphs can map these
     from the bundle's own file. pack_fp32 packs them too: a prefill becomes faster by a seventh, a load slower
     by seconds, and the result takes twice the weights' size on disk. Raises StillgraphError for bad input or
     a full disk, CheckFailed where a compiled graph does not compute what the bundle's does.
@@ -137,11 +137,11 @@ def _products(job: Job, say: Say) -> Products | None:
 
 
 def _prepare(job: Job, entry: GraphEntry, folder: Path, packed: PackedFile, say: Say) -> onnx.ModelProto:
-    """The optimised graph: each weight is in `packed`, at location "", or where the bundle has it."""
-    say(f"optimising {entry.shape.name}")
+    """The optimized graph: each weight is in `packed`, at location "", or where the bundle has it."""
+    say(f"optimizing {entry.shape.name}")
     work = folder / "graph"
     work.mkdir()
-    model = _optimise(job, entry, work)
+    model = _optimize(job, entry, work)
     if job.pack:
         say(f"sharing the packed weights of {entry.shape.name}")
         take_in(model, work, packed, job.bundle, stored_weights(job.bundle, entry))
@@ -153,8 +153,8 @@ def _prepare(job: Job, entry: GraphEntry, folder: Path, packed: PackedFile, say:
     return model
 
 
-def _optimise(job: Job, entry: GraphEntry, work: Path) -> onnx.ModelProto:
-    """The graph as ONNX Runtime optimises and saves it, in the folder `work`.
+def _optimize(job: Job, entry: GraphEntry, work: Path) -> onnx.ModelProto:
+    """The graph as ONNX Runtime optimizes and saves it, in the folder `work`.
 
     With packing its weights are saved beside it, packed; else they stay where the bundle has them.
     """
@@ -172,7 +172,7 @@ def _optimise(job: Job, entry: GraphEntry, work: Path) -> onnx.ModelProto:
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         if shutil.disk_usage(work).free < FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        problem = f"ONNX Runtime cannot optimise {source} ({_first_line(error)})"
+        problem = f"ONNX Runtime cannot optimize {source} ({_first_line(error)})"
         raise StillgraphError(STAGE, problem, "check the bundle with 'stillgraph inspect'") from error
     return onnx.load(path, load_external_data=False)
 
@@ -196,8 +196,8 @@ def _write_graph(job: Job, entry: GraphEntry, model: onnx.ModelProto) -> File:
 
 
 def _keep(job: Job, path: Path, name: str, suffix: str) -> File:
-    """Give a finished file its place. Part of its hash is in its name: a former file of another content keeps
-    its own."""
+    """Give a finished file its place. Part of its hash is in its name: a previous file of another content
+    keeps its own."""
     digest = sha256(path)
     final = path.replace(job.folder / f"{name}-{digest[:8]}{suffix}")
     return File(path=final.relative_to(job.bundle).as_posix(), nbytes=final.stat().st_size, sha256=digest)
@@ -215,7 +215,7 @@ def _rehearse(job: Job, entry: GraphEntry, file: File) -> float:
         raise
     except Exception as error:  # as above
         problem = f"ONNX Runtime cannot run compiled {entry.shape.name} ({_first_line(error)})"
-        raise CheckFailed(STAGE, problem, "report this as a defect") from error
+        raise CheckFailed(STAGE, problem, "please report this bug") from error
 
 
 def _options() -> ort.SessionOptions:
@@ -235,7 +235,7 @@ def _check_space(job: Job) -> None:
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder against another compile; before and after it has no file that its description lacks."""
+    """Lock a folder against another compile; before and after it has no file that its description lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = None
     if sys.platform != "win32":
@@ -243,10 +243,10 @@ def _claimed(folder: Path) -> Iterator[None]:
 
         handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, whatever ends that
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError:
             os.close(handle)
-            raise StillgraphError(STAGE, f"another compile into {folder} is at work", "wait for it") from None
+            raise StillgraphError(STAGE, f"another compile into {folder} is running", "wait for it") from None
     try:
         _clean(folder)
         yield

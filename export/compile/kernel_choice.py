@@ -24,7 +24,7 @@ from stillgraph.exporter.ir.fold_weights import Recipe
 from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix, Part
 from stillgraph.exporter.quantize.lower import BITS, IR_VERSION
-from stillgraph.exporter.quantize.rounding import Format, Quantised, quantise
+from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
 from stillgraph.manifest import GraphEntry, Manifest
 
 # Enough matrices that none is in a cache of the CPU when its turn comes again, as in a step of a model.
@@ -38,7 +38,7 @@ Shape = tuple[int, int]  # N, K
 def time_products(manifest: Manifest, shape: Shape, rows: list[int], threads: int) -> list[ProductTime]:
     """The median time of one product [M, K] x [K, N] in each form, for each M of `rows`.
 
-    Forms take turns, so that what else the machine does meets all of them alike.
+    Forms take turns, so that other load on the machine affects all of them equally.
     """
     found = []
     for count in rows:
@@ -58,14 +58,14 @@ def time_products(manifest: Manifest, shape: Shape, rows: list[int], threads: in
 
 def forms(manifest: Manifest) -> tuple[Form, ...]:
     """The forms to time for a bundle."""
-    if manifest.quantisation is None:
+    if manifest.quantization is None:
         return ("fp32",)
     return ("fp32", "blocks", "channels") if manifest.target == "onnxruntime" else ("fp32", "blocks")
 
 
 def form_of(entry: GraphEntry, manifest: Manifest) -> Form:
     """The form of a graph's products."""
-    if manifest.quantisation is None:
+    if manifest.quantization is None:
         return "fp32"
     return "channels" if entry.shape.int8_activations else "blocks"
 
@@ -87,7 +87,7 @@ def _ms(entry: GraphEntry, manifest: Manifest, times: list[ProductTime]) -> floa
 def advice(manifest: Manifest, times: list[ProductTime]) -> str | None:
     """A sentence on what would be faster and is not in the bundle, with the option that puts it there."""
     prefills = manifest.all_of("prefill")
-    if manifest.quantisation is None or manifest.target != "onnxruntime" or not prefills:
+    if manifest.quantization is None or manifest.target != "onnxruntime" or not prefills:
         return None
     slots = prefills[0].shape.slots
     share = ms_of(times, "channels", slots) / ms_of(times, "blocks", slots)
@@ -172,7 +172,7 @@ def _model(manifest: Manifest, form: Form, shape: Shape, rows: int, copies: int)
     graph = ir.Graph([x], [], nodes=[], opset_imports=imports, name="products")
     builder = ops.Builder(graph)
     weights = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5
-    stored = None if form == "fp32" else quantise(weights, _format(manifest, form, shape))
+    stored = None if form == "fp32" else quantize(weights, _format(manifest, form, shape))
     for copy in range(copies):
         result = _product(builder, x, f"w{copy}", weights, stored)
         graph.outputs.append(result)
@@ -184,7 +184,7 @@ def _model(manifest: Manifest, form: Form, shape: Shape, rows: int, copies: int)
 
 
 def _format(manifest: Manifest, form: Form, shape: Shape) -> Format:
-    how = manifest.quantisation
+    how = manifest.quantization
     assert how is not None
     if form == "channels":
         return Format.channel(shape[1])
@@ -192,7 +192,7 @@ def _format(manifest: Manifest, form: Form, shape: Shape) -> Format:
 
 
 def _product(
-    builder: ops.Builder, x: ir.Value, name: str, weights: torch.Tensor, stored: Quantised | None
+    builder: ops.Builder, x: ir.Value, name: str, weights: torch.Tensor, stored: Quantized | None
 ) -> ir.Value:
     shape = tuple(weights.shape)
     if stored is None:
@@ -202,7 +202,7 @@ def _product(
     return product(builder, x, Matrix(Recipe((name,), shape), stored.form))
 
 
-def _store(graph: ir.Graph, name: str, part: Part, stored: Quantised) -> None:
+def _store(graph: ir.Graph, name: str, part: Part, stored: Quantized) -> None:
     """Turn the input of a part into an initializer with the bytes of `stored`."""
     value = next(value for value in graph.inputs if value.name == name)
     graph.inputs.remove(value)

@@ -1,9 +1,9 @@
-"""One file of weights for the graphs that ONNX Runtime optimised: every blob once.
+"""One file of weights for the graphs that ONNX Runtime optimized: every blob once.
 
 ONNX Runtime writes, for each graph, a file of its weights as they are and as its kernels pack them. A packed
 blob is an entry `prepacked_<n>` of the weight's external data, `<kernel>+<hash>|<offset>;<length>;<checksum>`
 with a further `|...` for each further buffer, and lies in the same file as the weight itself: that is read at
-load, to be packed again and compared, and not afterwards.
+load, to be packed again and compared, and not afterward.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PackedFile:
 def take_in(
     model: ModelProto, work: Path, packed: PackedFile, bundle: Path, stored: dict[str, Place]
 ) -> None:
-    """Move what an optimised graph has in files of the folder `work` into `packed`.
+    """Move what an optimized graph has in files of the folder `work` into `packed`.
 
     stored: where the bundle has each weight by name. A weight that is there, and is not packed, stays there;
     the location of all others becomes "", for `locate` to set. The graph's external data is rewritten.
@@ -87,7 +87,7 @@ def pack_largest_first(graph: GraphProto) -> None:
     """Move the node of the largest packed weight to the front.
 
     ONNX Runtime packs in the order of the nodes in the file, runs them by their edges, and at load holds a
-    weight of the node at work three times: as it is, packed anew, and the packed one that it maps. While
+    weight of the current node three times: as it is, packed again, and the packed one that it maps. While
     nothing else is mapped yet the head, which would come last, costs no more memory than a run will.
     """
     sizes = {

@@ -1,11 +1,11 @@
-"""Drawn pictures of coloured shapes, and questions about them with one right answer each.
+"""Drawn pictures of colored shapes, and questions about them with one right answer each.
 
     python -m stillgraph.exporter.demo.scenes scene.png [--seed 0]
 
 draws one that no training saw, and prints what can be asked about it.
 
-Everything follows from a seed. One tenth of all scenes is held out: no training picture shows one of them, so
-a right answer to a held-out picture was read from it.
+Everything is determined by a seed. One tenth of all scenes is held out: no training picture shows one of
+them, so a right answer to a held-out picture was read from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zlib import crc32
 
 from PIL import Image, ImageDraw
 
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "green": (44, 160, 60),
     "blue": (40, 80, 210),
@@ -37,7 +37,7 @@ PLACES = (
 NUMBERS = "None One Two Three Four Five".split()
 MOST = 5  # shapes of a scene
 CELLS = 3  # a side
-CONTENTS = 1 + len(SHAPES) * len(COLOURS)  # of a cell: nothing, or a shape of a colour
+CONTENTS = 1 + len(SHAPES) * len(COLORS)  # of a cell: nothing, or a shape of a color
 OVERSAMPLING = 4  # of edges, which are smooth as in a photograph
 
 
@@ -48,7 +48,7 @@ class Thing:
     row: int
     column: int
     shape: str
-    colour: str
+    color: str
 
     @property
     def place(self) -> str:
@@ -56,7 +56,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Scene:
         """What is in each cell, in reading order: 0 for nothing, below CONTENTS."""
         found = [0] * CELLS**2
         for thing in self.things:
-            kind = SHAPES.index(thing.shape) * len(COLOURS) + list(COLOURS).index(thing.colour)
+            kind = SHAPES.index(thing.shape) * len(COLORS) + list(COLORS).index(thing.color)
             found[thing.row * CELLS + thing.column] = 1 + kind
         return found
 
@@ -100,35 +100,35 @@ class Scene:
                 for at in (thing.column, thing.row)
             )
             box = x - radius, y - radius, x + radius, y + radius
-            colour = tuple(min(255, max(0, part + rng.randint(-20, 20))) for part in COLOURS[thing.colour])
+            color = tuple(min(255, max(0, part + rng.randint(-20, 20))) for part in COLORS[thing.color])
             if thing.shape == "circle":
-                pen.ellipse(box, fill=colour)
+                pen.ellipse(box, fill=color)
             elif thing.shape == "square":
-                pen.rectangle(box, fill=colour)
+                pen.rectangle(box, fill=color)
             else:
-                pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=colour)
+                pen.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=color)
         return image.resize((side, side), Image.Resampling.BOX)
 
     def questions(self, rng: random.Random) -> list[Question]:
         """One of each kind that the scene answers, in any order."""
         things = self.things
         shapes = Counter(thing.shape for thing in things)
-        colours = Counter(thing.colour for thing in things)
+        colors = Counter(thing.color for thing in things)
         names = Counter(thing.name for thing in things)
-        shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+        shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
         asked = [
             Question("How many shapes are there?", f"{NUMBERS[len(things)]}."),
             Question(f"How many {shape}s are there?", f"{NUMBERS[shapes[shape]]}."),
-            Question(f"How many {colour} shapes are there?", f"{NUMBERS[colours[colour]]}."),
+            Question(f"How many {color} shapes are there?", f"{NUMBERS[colors[color]]}."),
             self._is_there(rng, names),
             self._what_is_at(rng),
         ]
         if single := [thing for thing in things if shapes[thing.shape] == 1]:
             thing = rng.choice(single)
-            asked.append(Question(f"What colour is the {thing.shape}?", f"{thing.colour.capitalize()}."))
-        if single := [thing for thing in things if colours[thing.colour] == 1]:
+            asked.append(Question(f"What colour is the {thing.shape}?", f"{thing.color.capitalize()}."))
+        if single := [thing for thing in things if colors[thing.color] == 1]:
             thing = rng.choice(single)
-            asked.append(Question(f"Which shape is {thing.colour}?", f"The {thing.shape}."))
+            asked.append(Question(f"Which shape is {thing.color}?", f"The {thing.shape}."))
         if single := [thing for thing in things if names[thing.name] == 1]:
             thing = rng.choice(single)
             asked.append(Question(f"Where is the {thing.name}?", f"At the {thing.place}."))
@@ -138,7 +138,7 @@ class Scene:
         if rng.random() < 0.5:
             name = rng.choice(self.things).name
         else:
-            name = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
+            name = f"{rng.choice(list(COLORS))} {rng.choice(SHAPES)}"
         return Question(f"Is there a {name}?", "Yes." if names[name] else "No.")
 
     def _what_is_at(self, rng: random.Random) -> Question:
@@ -152,12 +152,12 @@ class Scene:
 
 
 def scenes(seed: str, held_out: bool) -> Iterator[Scene]:
-    """Scenes without end, all held out or none of them."""
+    """An endless stream of scenes, all held out or none of them."""
     rng = random.Random(f"scenes {seed}")
     cells = [(row, column) for row in range(CELLS) for column in range(CELLS)]
     while True:
         taken = rng.sample(cells, rng.randint(1, MOST))
-        things = [Thing(*cell, rng.choice(SHAPES), rng.choice(list(COLOURS))) for cell in taken]
+        things = [Thing(*cell, rng.choice(SHAPES), rng.choice(list(COLORS))) for cell in taken]
         scene = Scene(tuple(sorted(things)))
         if scene.held_out is held_out:
             yield scene

@@ -1,6 +1,6 @@
 """Short plain-English stories that state facts early and ask for them later.
 
-Everything follows from a seed; nothing is read from disk. The wording of a fact, of its question and of
+Everything is determined by a seed; nothing is read from disk. The wording of a fact, of its question and of
 its answer is fixed, so whether an answer is right is a comparison of strings. One tenth of all facts is
 held out: no training text ever states them, so a right answer to one must have been read in the story.
 """
@@ -14,7 +14,7 @@ from zlib import crc32
 
 SHE = "Mia Anna Lily Zoe Nora Ella Rosa Ruby Ivy Clara Emma Maya".split()
 HE = "Tom Ben Leo Sam Max Finn Jack Hugo Noah Theo Felix Oscar".split()
-COLOURS = "red green blue yellow white black brown pink purple silver golden grey".split()
+COLORS = "red green blue yellow white black brown pink purple silver golden grey".split()
 PETS = "dog cat pony parrot goat duck turtle hamster lizard goose".split()
 TOWNS = "Ravenna London Paris Dublin Oslo Vienna Cairo Lima Boston Athens Tokyo Berlin".split()
 FOODS = "pears apples soup bread cheese honey rice carrots plums cake noodles beans".split()
@@ -39,10 +39,10 @@ class Attribute:
 
 
 # fmt: off
-def _colour(thing: str) -> Attribute:
+def _color(thing: str) -> Attribute:
     story = f"{{n}}'s {thing} was {{v}}.", f"What colour was {{n}}'s {thing}?"
     return Attribute(thing, *story, f"My {thing} is {{v}}.", f"What colour is my {thing}?",
-                     f"Your {thing} is {{v}}.", COLOURS)
+                     f"Your {thing} is {{v}}.", COLORS)
 
 
 ATTRIBUTES = (
@@ -56,7 +56,7 @@ ATTRIBUTES = (
               "I am {v} years old.", "How old am I?", "You are {v} years old.", AGES),
     Attribute("friend", "{n}'s best friend was {v}.", "Who was {n}'s best friend?",
               "My best friend is {v}.", "Who is my best friend?", "Your best friend is {v}.", SHE + HE),
-    *map(_colour, THINGS),
+    *map(_color, THINGS),
 )
 NAME = Attribute("name", "", "", "My name is {v}.", "What is my name?", "Your name is {v}.", SHE + HE)
 
@@ -253,7 +253,7 @@ def tell(rng: random.Random, words: int, usable: Callable[[Fact], bool], kind: s
 
 
 def stories(seed: int, words: tuple[int, int] = (40, 700)) -> Iterator[Story]:
-    """Training stories without end, each about `words` words long; they state no held-out fact."""
+    """An endless stream of training stories, each about `words` words long; they state no held-out fact."""
     rng = random.Random(f"stories {seed}")
     while True:
         teller = tell(rng, rng.randint(*words), lambda fact: not is_held_out(fact))

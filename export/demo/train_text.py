@@ -4,7 +4,7 @@
     python -m stillgraph.exporter.demo.train_text --score-only                           score what ships
 
 A held-out question counts as right when greedy decoding gives its whole answer. The same questions are
-asked again with every global layer held to the window of the others, to show which layers recall.
+asked again with every global layer limited to the window of the others, to show which layers recall.
 
 Shapes: B texts, S token slots, V vocabulary; token ids and loss weights are [B,S].
 """
@@ -41,7 +41,7 @@ VOCABULARY = 1024
 CONTEXT = 1024  # tokens of the longest text, in training as in scoring
 STEPS = 2500
 BATCH_TOKENS = 2048
-POOL = 64  # texts drawn at a time, so that texts of like length share a batch
+POOL = 64  # texts drawn at a time, so that texts of similar length share a batch
 PEAK_LR = 3e-3
 ANSWER_WEIGHT = 8.0
 
@@ -63,7 +63,7 @@ def demo_config() -> Gemma3TextConfig:
         sliding_window=32,
         layer_types=[f"{kind}_attention" for kind in "sliding sliding full sliding full sliding".split()],
         max_position_embeddings=2048,
-        initializer_range=0.08,  # block outputs are normalised to 1: smaller embeddings would drown in them
+        initializer_range=0.08,  # block outputs are normalized to 1: smaller embeddings would drown in them
     )
 
 
@@ -160,19 +160,19 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, minutes: float, steps: 
     torch.manual_seed(seed)
     model = Gemma3ForCausalLM(demo_config())
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
     batches, began, step, progress, mean = Batches(tokenizer, seed), time.monotonic(), 0, 0.0, 5.0
     while progress < 1:
         rate = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
-        optimiser.param_groups[0]["lr"] = PEAK_LR * rate
+        optimizer.param_groups[0]["lr"] = PEAK_LR * rate
         ids, weights = batches.next(progress)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # [B,S-1,V]
         losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         step, elapsed, mean = step + 1, (time.monotonic() - began) / 60, 0.98 * mean + 0.02 * loss.item()
         progress = max(step / steps, elapsed / minutes)
         if step % 50 == 0:
@@ -209,7 +209,7 @@ def score(out: Path, seed: int, questions: int = 300) -> None:
         return f"{len(rows):9}  {free:.3f}  {held:.3f}"
 
     print(f"window {window}; sliding layers alone reach {reach} tokens back")
-    print("tokens back  questions  right  right with global layers held to the window")
+    print("tokens back  questions  right  right with global layers limited to the window")
     for low, high in pairwise(sorted({window, reach, 256, 512, CONTEXT})):
         print(f"{f'{low + 1}-{high}':>11}  {share(low, high)}")
     print(f"{'all':>11}  {share(0, CONTEXT)}", flush=True)
@@ -240,7 +240,7 @@ class Recall:
 
 @torch.inference_mode()
 def right(model: Gemma3ForCausalLM, recall: Recall, narrow: bool = False) -> bool:
-    """Whether greedy decoding gives the answer; `narrow` holds the global layers to the sliding window.
+    """Whether greedy decoding gives the answer; `narrow` limits the global layers to the sliding window.
 
     One pass over prompt and answer is enough: greedy text is the answer when each token of it is the best.
     """

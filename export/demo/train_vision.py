@@ -4,7 +4,7 @@
     python -m stillgraph.exporter.demo.train_vision --score-only                           score what ships
 
 A held-out question counts as right when greedy decoding gives its whole answer. The same questions are asked
-again with the picture preprocessed wrongly, to show which mistakes its answers betray.
+again with the picture preprocessed wrongly, to show which mistakes its answers reveal.
 
 Shapes: B pictures, S token slots, H height, W width, V vocabulary.
 """
@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from stillgraph.exporter.demo.scenes import CELLS, COLOURS, CONTENTS, PLACES, SHAPES, Question, Scene, scenes
+from stillgraph.exporter.demo.scenes import CELLS, COLORS, CONTENTS, PLACES, SHAPES, Question, Scene, scenes
 from stillgraph.exporter.demo.tokenizer import SPECIAL, tokenizer_of
 from stillgraph.exporter.demo.train_text import save
 
@@ -105,7 +105,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     rng, corpus = random.Random("tokenizer"), ["user", "model"] * 20
     for scene in islice(scenes("tokenizer", held_out=False), 500):
         corpus += [part for question in scene.questions(rng) for part in (question.text, question.answer)]
-    corpus += [f" {name}{end}" for name in (*COLOURS, *SHAPES) for end in ("", ".")] * 200
+    corpus += [f" {name}{end}" for name in (*COLORS, *SHAPES) for end in ("", ".")] * 200
     corpus += [f" {place}." for row in PLACES for place in row] * 200
     return tokenizer_of(corpus, VOCABULARY)
 
@@ -181,11 +181,11 @@ def train(
     reader = torch.nn.Linear(IMAGE_TOKENS * model.config.text_config.hidden_size, CELLS**2 * CONTENTS)
     model.train()
     weights = [*model.parameters(), *reader.parameters()]
-    optimiser = torch.optim.AdamW(weights, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
     batches, began, step, progress, mean = Batches(tokenizer, seed), time.monotonic(), 0, 0.0, 3.0
     while progress < 1:
         rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
-        optimiser.param_groups[0]["lr"] = PEAK_LR * rate
+        optimizer.param_groups[0]["lr"] = PEAK_LR * rate
         ids, answers, pixels, cells = batches.next()
         types = (ids == SPECIAL.index("<image>")).long()
         output = model(input_ids=ids, pixel_values=pixels, token_type_ids=types, use_cache=False)
@@ -193,10 +193,10 @@ def train(
         loss = cross_entropy(output.logits[:, :-1][wanted], ids[:, 1:][wanted])
         read = reader(output.image_hidden_states.flatten(1)).view(-1, CONTENTS)
         aside = cross_entropy(read, cells.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.autograd.backward(loss + aside)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
+        optimizer.step()
         step, elapsed, mean = step + 1, (time.monotonic() - began) / 60, 0.98 * mean + 0.02 * loss.item()
         progress = max(step / steps, elapsed / minutes)
         if step % 50 == 0:
@@ -208,7 +208,7 @@ def train(
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "as it is": lambda pixels: pixels,
     "blue, green, red in place of red, green, blue": lambda pixels: pixels.flip(1),
-    "not normalised": lambda pixels: (pixels + 1) / 2,
+    "not normalized": lambda pixels: (pixels + 1) / 2,
     "not rescaled": lambda pixels: ((pixels + 1) * 127.5 - 0.5) / 0.5,
     "turned by a quarter": lambda pixels: pixels.rot90(1, (2, 3)),
     "rows and columns swapped": lambda pixels: pixels.transpose(2, 3),

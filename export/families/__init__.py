@@ -38,7 +38,7 @@ class Family:
 
     architecture: its class name; model_type: the `model_type` of its config; config(raw): the config object
     of a raw config.json; refuse(config): why such a checkpoint cannot be exported, or None; spec(config): the
-    model's shape; build(config): the model, weights not initialised; patches(config, target, precision): what
+    model's shape; build(config): the model, weights not initialized; patches(config, target, precision): what
     is changed while it is traced; masks(config, masks by layer kind): what its decoder takes as
     attention_mask; rotary(its rotary embedding, positions [B, S], layer kind): cos and sin [B, S, D];
     decoder(model): the part that `lm_head` follows; features(model, pixel_values [N, 3, H, W]): what stands
@@ -66,7 +66,8 @@ def families() -> dict[str, Family]:
 
 
 def own_text(config: Any) -> Any:
-    """The decoder's config of a model that sees; whether head and embedding are tied is said of the whole."""
+    """The decoder's config of a model that sees; whether head and embedding are tied is in the whole
+    config."""
     text = config.text_config
     return type(text).from_dict(text.to_dict() | {"tie_word_embeddings": config.tie_word_embeddings})
 
@@ -89,7 +90,7 @@ def refuse_heads(config: Any) -> str | None:
     if config.num_attention_heads % config.num_key_value_heads:
         return f"{config.num_attention_heads} heads over {config.num_key_value_heads} key/value heads"
     if getattr(config, "quantization_config", None) is not None:
-        return "a quantised checkpoint (quantization_config)"
+        return "a quantized checkpoint (quantization_config)"
     return None
 
 

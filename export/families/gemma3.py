@@ -46,7 +46,7 @@ def patches(config: Any, target: str, precision: str) -> tuple[Patch, ...]:
     norm = (RMS_NORM,) if target == "portable" else (RMS_NORMALIZATION, FUSED_ATTENTION, FUSED_MLP)
     if precision == "fp16":
         return *norm, HALF_LINEAR, HALF_TIED_EMBEDDING if tied else HALF_EMBEDDING
-    # Quantised rows are gathered as they are stored; a block of them lies along the row.
+    # Quantized rows are gathered as they are stored; a block of them lies along the row.
     return (*norm, TIED_EMBEDDING) if tied and precision == "fp32" else norm
 
 

@@ -32,7 +32,7 @@ def patches(config: Any, target: str, precision: str) -> tuple[Patch, ...]:
     norm = (QWEN2_RMS_NORM,) if target == "portable" else fused
     if precision == "fp16":
         return *norm, HALF_LINEAR, PLAIN_HALF_TIED_EMBEDDING if tied else PLAIN_HALF_EMBEDDING
-    # Quantised rows are gathered as they are stored; a block of them lies along the row.
+    # Quantized rows are gathered as they are stored; a block of them lies along the row.
     return (*norm, PLAIN_TIED_EMBEDDING) if tied and precision == "fp32" else norm
 
 

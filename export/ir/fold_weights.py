@@ -39,7 +39,7 @@ class Tensors:
 
 
 class Weight(Protocol):
-    """What the weights file can hold: a recipe, or a part of a quantised one.
+    """What the weights file can hold: a recipe, or a part of a quantized one.
 
     content: the name of the weight with the same bytes that is stored; its own name where there is no other.
     """

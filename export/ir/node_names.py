@@ -1,6 +1,6 @@
 """Name each node after the module it belongs to: what a profile of the graph is read by.
 
-Names are all that ONNX Runtime's profiler reports of a node besides its op, and its optimiser gives a fused
+Names are all that ONNX Runtime's profiler reports of a node besides its op, and its optimizer gives a fused
 node the name of one of those that it replaces. A name is `layers.3.mlp.down_proj/node_linear_27`: the module
 as the decoder calls it, a slash, and what tells the node from others.
 """
@@ -25,13 +25,13 @@ def name_by_module(model: ir.Model) -> None:
 
 
 def name_after(former: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Name the nodes that take a node's place, each apart; where that has no name the graph names them."""
+    """Number the nodes that replace a node, by its name; where it has no name the graph names them."""
     for index, node in enumerate(nodes if former.name else ()):
         node.name = f"{former.name}/{node.op_type}_{index}"
 
 
 def name_the_rest(model: ir.Model) -> None:
-    """Give the nodes that a simplification made, which have no module, the place of their neighbours.
+    """Give the nodes that a simplification made, which have no module, the place of their neighbors.
 
     That is the place (`layers.3`, `norm`) of the first input that has one, else the one place where all their
     results are read. What several layers read, such as a mask, keeps its name. Names stay unique.

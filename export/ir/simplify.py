@@ -97,12 +97,12 @@ def check(model: ir.Model, dynamic: bool = False) -> ir.Model:
     proto = ir.to_proto(model)
     for function in list(proto.functions):
         raise CheckFailed(
-            "simplify", f"the graph still calls function {function.name}", "report this as a defect"
+            "simplify", f"the graph still calls function {function.name}", "please report this bug"
         )
     onnx.checker.check_model(proto)
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     if problem := (op_problem if dynamic else static_problem)(inferred.graph):
-        raise CheckFailed("simplify", problem, "report this as a defect")
+        raise CheckFailed("simplify", problem, "please report this bug")
     checked: ir.Model = ir.from_proto(inferred)
     return checked
 
@@ -140,14 +140,14 @@ def peak_rss_mb() -> float:
 
 
 def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed: int = 0) -> float:
-    """Run two graph files on the same random inputs, without ONNX Runtime's own optimisations.
+    """Run two graph files on the same random inputs, without ONNX Runtime's own optimizations.
 
     aliases: of the graph's entry in the manifest. Returns the largest difference of any output, relative to
     that output's largest magnitude. Raises CheckFailed where it is over `SAME`.
     """
     results = []
     for path in (before, after):
-        session = open_graph(path, optimised=False)
+        session = open_graph(path, optimized=False)
         feeds = random_inputs(session, seed)
         fixed = all(isinstance(size, int) for value in session.get_outputs() for size in value.shape)
         results.append(run(session, feeds, aliases) if fixed else session.run(None, feeds))
@@ -159,7 +159,7 @@ def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed:
         worst = float(np.maximum(worst, difference))  # a NaN stays one, which it does not in max()
     if not worst <= SAME:
         problem = f"{after.name} differs from the traced graph by {worst:.2e} of its largest value"
-        raise CheckFailed("simplify", problem, "report this as a defect")
+        raise CheckFailed("simplify", problem, "please report this bug")
     return worst
 
 

@@ -1,4 +1,4 @@
-"""Parts of a quantised weight: the tensors that ops read, and how those are packed.
+"""Parts of a quantized weight: the tensors that ops read, and how those are packed.
 
 Four bits are packed two codes a byte, the earlier one in the lower half, as ONNX and ONNX Runtime have it.
 Shapes: N rows (outputs of a product, or entries of a table), K columns, L blocks of a row.
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from stillgraph.exporter.ir.fold_weights import Recipe, Step, Tensors
-from stillgraph.exporter.quantize.rounding import Format, Quantised, quantise
+from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
 
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight that is stored quantised: `recipe` makes it as [N, K]."""
+    """A weight that is stored quantized: `recipe` makes it as [N, K]."""
 
     recipe: Recipe
     form: Format
@@ -40,9 +40,9 @@ class Matrix:
     def blocks(self) -> int:
         return self.form.blocks(self.columns)
 
-    def quantised(self, tensors: Tensors) -> Quantised:
-        quantised: Quantised = tensors.once(self, lambda: quantise(self.recipe.value(tensors), self.form))
-        return quantised
+    def quantized(self, tensors: Tensors) -> Quantized:
+        quantized: Quantized = tensors.once(self, lambda: quantize(self.recipe.value(tensors), self.form))
+        return quantized
 
     def part(
         self, suffix: str, dtype: ir.DataType, shape: tuple[int, ...], pack: Pack, same: str | None = None
@@ -51,12 +51,12 @@ class Matrix:
         return Part(self, f"{name}.{suffix}", f"{name}.{same or suffix}", dtype, shape, pack)
 
 
-Pack = Callable[[Quantised], Tensor]
+Pack = Callable[[Quantized], Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a quantised weight. Parts of the same `content` are the same bytes in other shapes."""
+    """One tensor of a quantized weight. Parts of the same `content` are the same bytes in other shapes."""
 
     matrix: Matrix
     name: str
@@ -71,7 +71,7 @@ class Part:
 
     def make(self, tensors: Tensors) -> np.ndarray:
         """The bytes of the tensor, or the tensor, C-contiguous."""
-        return self.pack(self.matrix.quantised(tensors)).contiguous().numpy()
+        return self.pack(self.matrix.quantized(tensors)).contiguous().numpy()
 
 
 def matrix_of(recipe: Recipe, form: Format) -> Matrix:
@@ -167,21 +167,21 @@ def _bytes(matrix: Matrix, codes: int) -> int:
     return -(-codes * matrix.form.bits // 8)
 
 
-def _zeros(quantised: Quantised) -> Tensor:
-    assert quantised.zeros is not None
-    return quantised.zeros
+def _zeros(quantized: Quantized) -> Tensor:
+    assert quantized.zeros is not None
+    return quantized.zeros
 
 
-def _packed(quantised: Quantised) -> Tensor:
-    return _halves(quantised.codes, quantised.form.bits)
+def _packed(quantized: Quantized) -> Tensor:
+    return _halves(quantized.codes, quantized.form.bits)
 
 
-def _columns(quantised: Quantised) -> Tensor:
+def _columns(quantized: Quantized) -> Tensor:
     """Codes [K, N] without the columns that fill the last block; signed where symmetric."""
-    codes = quantised.codes[:, : quantised.columns].T.contiguous()
-    if quantised.form.symmetric:
-        codes ^= quantised.form.middle  # code - middle, as the bits of two's complement
-    return _flat(codes, quantised.form.bits)
+    codes = quantized.codes[:, : quantized.columns].T.contiguous()
+    if quantized.form.symmetric:
+        codes ^= quantized.form.middle  # code - middle, as the bits of two's complement
+    return _flat(codes, quantized.form.bits)
 
 
 def _flat(codes: Tensor, bits: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights of few bits in a graph: products with a weight, and the embedding, read quantised ones instead."""
+"""Weights of few bits in a graph: products with a weight, and the embedding, read quantized ones instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillgraph.exporter.ir.fold_weights import Recipe, Weight
 from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix, matrix_of
 from stillgraph.exporter.quantize.rounding import Bits, Format
-from stillgraph.manifest import Precision, Quantisation, Target
+from stillgraph.manifest import Precision, Quantization, Target
 from stillgraph.spec import GraphShape
 
 BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
@@ -35,7 +35,7 @@ class Plan:
 
     target: Target
     precision: Precision
-    quantisation: Quantisation
+    quantization: Quantization
     fast: bool = False
     tied: str | None = None
     tower: bool = False
@@ -45,21 +45,21 @@ class Plan:
         cls,
         target: Target,
         precision: Precision,
-        quantisation: Quantisation,
+        quantization: Quantization,
         shape: GraphShape,
         tied: str | None,
     ) -> Plan:
         """The plan of a graph: a tower's products are of int8, whatever the decoder's are."""
         tower = shape.role == "vision"
-        return cls(target, "int8" if tower else precision, quantisation, shape.int8_activations, tied, tower)
+        return cls(target, "int8" if tower else precision, quantization, shape.int8_activations, tied, tower)
 
     def apart(self, shape: GraphShape) -> bool:
-        """Whether gate and up are to be two products: one for both would be split in vain.
+        """Whether gate and up are to be two products: one for both would only be split again.
 
-        A fast graph quantises an input once for all its products. What is kept in fp32 stays one matrix,
+        A fast graph quantizes an input once for all its products. What is kept in fp32 stays one matrix,
         which the decode graph reads as well.
         """
-        return self.fast and shape.slots > 1 and "fp32" not in self.quantisation.keep.values()
+        return self.fast and shape.slots > 1 and "fp32" not in self.quantization.keep.values()
 
     def precision_of(self, sources: Iterable[str], tied: bool = False) -> Precision:
         """What a weight made of these tensors of the checkpoint is stored in.
@@ -74,14 +74,14 @@ class Plan:
     def _one(self, names: Sequence[str]) -> Precision:
         kept = [
             precision
-            for pattern, precision in self.quantisation.keep.items()
+            for pattern, precision in self.quantization.keep.items()
             if any(fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*") for name in names)
         ]
         return kept[-1] if kept else self.precision
 
     def form(self, precision: Precision) -> Format:
         positive = self.target == "portable"  # some runtimes refuse scales below zero
-        return Format(BITS[precision], self.quantisation.block_size, self.quantisation.symmetric, positive)
+        return Format(BITS[precision], self.quantization.block_size, self.quantization.symmetric, positive)
 
 
 def lower(model: ir.Model, recipes: Sequence[Weight], plan: Plan) -> list[Weight]:
@@ -132,7 +132,7 @@ def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: Plan) ->
         gather = ops.gather_columns if plan.target == "portable" else ops.gather_table
         result = gather(builder, operand, matrix)
     elif plan.target == "portable":
-        result = ops.dequantised_product(builder, operand, matrix)
+        result = ops.dequantized_product(builder, operand, matrix)
     elif plan.fast and shape[-2] > 1:
         channels = Matrix(matrix.recipe, Format.channel(matrix.columns))
         result = ops.int8_product(builder, operand, channels)

@@ -1,4 +1,4 @@
-"""Nodes that read quantised weights. x is [.., K] and ids [..] of token numbers; weights are [N, K]."""
+"""Nodes that read quantized weights. x is [.., K] and ids [..] of token numbers; weights are [N, K]."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Builder:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.parts: dict[str, Part] = {}
-        self.quantised_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` got
+        self.quantized_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` got
         self.scaled_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` made
         self._graph = graph
         self._inputs: dict[str, ir.Value] = {}
@@ -46,7 +46,7 @@ class Builder:
         key = (array.dtype.str, array.shape, array.tobytes() if shared else len(self._constants))
         if key not in self._constants:
             value = ir.Value(
-                name=f"quantised_ops.{len(self._constants)}",
+                name=f"quantized.{len(self._constants)}",
                 shape=ir.Shape(array.shape),
                 type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
                 const_value=ir.tensor(array),
@@ -131,12 +131,12 @@ def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
     """x @ W.T with a scale for each row of x and each row of W; the form's block is a whole row of W.
 
     The scale of a row of x is its largest magnitude / 127. Rows do not depend on each other, so that what
-    stands in the padding of a prompt changes nothing. x is quantised once for all products that read it.
+    stands in the padding of a prompt changes nothing. x is quantized once for all products that read it.
     `scaled_rows` keeps what the result was before each row had its scale, and that scale [.., 1].
     """
-    if x not in to.quantised_rows:
-        to.quantised_rows[x] = _quantised_rows(to, x)
-    codes, scale = to.quantised_rows[x]
+    if x not in to.quantized_rows:
+        to.quantized_rows[x] = _quantized_rows(to, x)
+    codes, scale = to.quantized_rows[x]
     weights, scales = to.weight(layouts.channels(matrix)), to.weight(layouts.channel_scales(matrix))
     one, middle = to.constant(np.array(1, np.float32)), to.constant(np.array(128, np.uint8))
     inputs, shape = [codes, weights, one, scales, middle], (*shape_of(x)[:-1], matrix.rows)
@@ -146,7 +146,7 @@ def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
     return scaled
 
 
-def _quantised_rows(to: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _quantized_rows(to: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """x as uint8 around 128, and the scale of each row [.., 1].
 
     Unsigned, because products of signed activations are slow on x86. Where x is something times a product
@@ -180,29 +180,29 @@ def _without_scale(to: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value | None]
     return x, None
 
 
-def dequantised_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
+def dequantized_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
     """x @ W.T by a blocked DequantizeLinear in the layout that ONNX Runtime makes MatMulNBits of."""
-    return to.op("MatMul", [x, _dequantised(to, matrix)], (*shape_of(x)[:-1], matrix.rows))
+    return to.op("MatMul", [x, _dequantized(to, matrix)], (*shape_of(x)[:-1], matrix.rows))
 
 
 def gather_columns(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
-    """Rows [.., K] of W out of the bytes that `dequantised_product` reads, of which each is a column.
+    """Rows [.., K] of W out of the bytes that `dequantized_product` reads, of which each is a column.
 
-    Columns are gathered and then dequantised; the other way round would dequantise the table at each call.
+    Columns are gathered and then dequantized; the other way round would dequantize the table at each call.
     ONNX Runtime gathers no four-bit elements, so their bytes are gathered and the halves taken here. With an
-    odd N a column has no bytes of its own, and the whole table is dequantised.
+    odd N a column has no bytes of its own, and the whole table is dequantized.
     """
     shape = (*shape_of(ids), matrix.columns)
     count = math.prod(shape_of(ids))
     flat = _reshaped(to, ids, (count,))
     if matrix.form.bits == 4 and matrix.rows % HALVES:
-        columns = to.op("Gather", [_dequantised(to, matrix), flat], (matrix.columns, count), axis=1)
+        columns = to.op("Gather", [_dequantized(to, matrix), flat], (matrix.columns, count), axis=1)
     else:
         columns = _gathered_columns(to, flat, matrix, count)
     return _reshaped(to, to.op("Transpose", [columns], (count, matrix.columns), perm=[1, 0]), shape)
 
 
-def _dequantised(to: Builder, matrix: Matrix) -> ir.Value:
+def _dequantized(to: Builder, matrix: Matrix) -> ir.Value:
     """W.T [K, N]."""
     weights = [to.weight(p(matrix)) for p in (layouts.columns, layouts.column_scales, layouts.column_zeros)]
     shape = matrix.columns, matrix.rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stillgraph.errors import StillgraphError
 
-STAGE = "quantise"
+STAGE = "quantize"
 Bits = Literal[4, 8]
 # Where x86 has no VNNI, vpmaddubsw adds two products of unsigned and signed bytes in 16 bits, and cuts off
 # what is over 32767. Activations have codes up to 255, so two levels of one sign may add up to 32767 // 255.
@@ -25,7 +25,7 @@ PAIRED = 4  # columns that such a kernel may pair: its sums end in lanes of 32 b
 CHUNK = 1 << 18  # weights worked on at once: three buffers of them stay in the cache of a core
 TINY = 1e-30  # a block whose largest weight is below is all zeros
 # Scales tried, relative to the one at which no weight is clipped. Clipping its largest weight makes the rest
-# of a block finer, which pays off often with 4 bits, hardly ever with 8: there it is a search for luck.
+# of a block finer, which pays off often with 4 bits, hardly ever with 8: there the search rarely helps.
 FACTORS: dict[Bits, tuple[float, ...]] = {
     4: (1.0, 0.68, 0.74, 0.8, 0.86, 0.92, 0.96, 1.08),
     8: (1.0, 0.9, 0.924, 0.948, 0.972, 1.02),
@@ -40,7 +40,7 @@ class Format:
     positive: no scale is below zero. A negative scale gives the one code more of the negative side to the
     side where a block's largest weight is; some runtimes refuse it. pair_safe: for products with uint8
     activations, whose sums are then exact on every CPU: no two levels of one sign among `PAIRED` columns add
-    up to more than `PAIR_SUM`. It costs a weight that has a large neighbour some of its range.
+    up to more than `PAIR_SUM`. It costs a weight that has a large neighbor some of its range.
     """
 
     bits: Bits
@@ -69,7 +69,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A matrix of N rows and `columns` columns. Codes are unsigned; behind the last column they mean zero."""
 
     form: Format
@@ -78,7 +78,7 @@ class Quantised:
     scales: Tensor  # fp32 [N, L]
     zeros: Tensor | None  # uint8 [N, L], None where symmetric
 
-    def dequantise(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """fp32 [N, columns]: exactly what every op that reads the parts has for its weights."""
         rows, blocks = self.scales.shape
         zeros = self.form.middle if self.zeros is None else self.zeros.float().unsqueeze(-1)
@@ -86,7 +86,7 @@ class Quantised:
         return (levels * self.scales.unsqueeze(-1)).view(rows, -1)[:, : self.columns]
 
 
-def quantise(matrix: Tensor, form: Format) -> Quantised:
+def quantize(matrix: Tensor, form: Format) -> Quantized:
     """Codes of a matrix [N, K] of any float dtype, whose values as fp32 are meant.
 
     Peak memory beside the result is a few times `CHUNK` weights, or rows. Raises StillgraphError for values
@@ -97,20 +97,20 @@ def quantise(matrix: Tensor, form: Format) -> Quantised:
     codes = torch.empty(rows, blocks * form.block, dtype=torch.uint8)
     scales = torch.empty(rows, blocks)
     zeros = None if form.symmetric else torch.empty(rows, blocks, dtype=torch.uint8)
-    result = Quantised(form, columns, codes, scales, zeros)
+    result = Quantized(form, columns, codes, scales, zeros)
     step = max(1, CHUNK // codes.shape[1])
     parts = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
-    # One thread a chunk: torch's own would meet after every pass over a chunk, and wait for the slowest.
+    # One thread a chunk: torch's own would wait for the slowest after every pass over a chunk.
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(lambda part: _fill(result, matrix, part), parts))
-    torch.set_num_threads(threads)  # what the threads set is the default of threads to come
+    torch.set_num_threads(threads)  # what a thread sets is the default of later threads
     if not bool(torch.isfinite(scales).all()):
-        raise StillgraphError(STAGE, "a weight is infinite or not a number", "mend the checkpoint")
+        raise StillgraphError(STAGE, "a weight is infinite or not a number", "fix the checkpoint")
     return result
 
 
-def _fill(result: Quantised, matrix: Tensor, part: slice) -> None:
+def _fill(result: Quantized, matrix: Tensor, part: slice) -> None:
     form, blocks = result.form, result.scales.shape[1]
     weights = torch.zeros(part.stop - part.start, blocks * form.block)
     weights[:, : result.columns] = matrix[part]

@@ -33,7 +33,7 @@ def portable_attention(
     """`eager_attention_forward` of transformers without expanding keys and values; returns [B, S, H, D]."""
     batch, heads, slots, size = query.shape
     kv_heads = key.shape[1]
-    # The heads of a group are neighbours, so folding them into the rows is a reshape and nothing moves.
+    # The heads of a group are neighbors, so folding them into the rows is a reshape and nothing moves.
     query = (query * scaling).reshape(batch, kv_heads, heads // kv_heads * slots, size)
     if attention_mask is None and (rows := PART // (batch * kv_heads * key.shape[2])) < query.shape[2]:
         # Every query of a tower sees every patch: together their scores may be more than all its weights.

@@ -41,7 +41,7 @@ class FusedCache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, module: nn.Module) -> Tensor:
         """Attention of layer `module.layer_idx` over its past and the new tokens: [B, S, H * D].
 
-        query: [B, S, H * D], key and value: [B, S, KV * D], normalised, RoPE not yet applied.
+        query: [B, S, H * D], key and value: [B, S, KV * D], normalized, RoPE not yet applied.
         """
         layer = self.spec.layers[module.layer_idx]  # type: ignore[index]
         cos, sin = self.rotary[layer.kind]

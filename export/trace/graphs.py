@@ -50,7 +50,7 @@ class Graph(nn.Module):
 
     @property
     def decoder(self) -> Any:
-        """Not an attribute: a module has one name, after which its weights are called."""
+        """A property: registering it as a submodule would rename its parameters."""
         return self.family.decoder(self.model)
 
     def step(

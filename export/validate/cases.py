@@ -26,7 +26,7 @@ class Plan:
     """Cases over one text: prompts followed by a few steps each, and prompts walked to the end of ctx."""
 
     text: TextKind
-    optimised: bool
+    optimized: bool
     prompts: tuple[int, ...]
     walks: tuple[int, ...]
 
@@ -37,7 +37,7 @@ def make_plans(manifest: Manifest, depth: Depth) -> list[Plan]:
     walk = (min(limit(manifest) - 1, max_len(manifest) or 1),) if manifest.graph("decode") else ()
     seen = pictured(manifest)
     if depth == "quick":
-        return [Plan("random", True, prompts, ()), *[plan for plan in seen if plan.optimised]]
+        return [Plan("random", True, prompts, ()), *[plan for plan in seen if plan.optimized]]
     everywhere = walk if depth == "full" else ()
     return [
         Plan("random", False, prompts, everywhere),
@@ -59,7 +59,7 @@ def pictured(manifest: Manifest) -> list[Plan]:
     if first >= limit(manifest) or (first > (max_len(manifest) or 0) and not continues(manifest)):
         return []
     prompts = tuple(sorted({first, *(prompt for prompt in edges(manifest) if prompt > first)}))
-    return [Plan("picture", optimised, prompts, ()) for optimised in (False, True)]
+    return [Plan("picture", optimized, prompts, ()) for optimized in (False, True)]
 
 
 def edges(manifest: Manifest) -> Iterator[int]:

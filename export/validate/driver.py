@@ -15,23 +15,23 @@ from stillgraph.exporter.validate import image
 from stillgraph.manifest import GraphEntry, Manifest
 from stillgraph.spec import marks_pictures, past_names, present_names
 
-POISON = 1e4  # far over any key or value, and finite, as a slot left by a former prompt would be
+POISON = 1e4  # far over any key or value, and finite, as a slot left by a previous prompt would be
 Cache = dict[str, np.ndarray]  # buffers [B, KV, C, D] by input name; a call replaces or overwrites them
 
 
 class GraphRun:
     """A bundle's graphs, one of them in memory at a time.
 
-    optimised: as a runtime would run them, ONNX Runtime's own optimisations on and quantised weights in the
+    optimized: as a runtime would run them, ONNX Runtime's own optimizations on and quantized weights in the
     kernels that are made for them; else every op as it is written. features: of the picture in the text, as
     `stillgraph.exporter.validate.image` puts it there.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, optimised: bool, features: np.ndarray | None = None
+        self, bundle: Path, manifest: Manifest, optimized: bool, features: np.ndarray | None = None
     ) -> None:
         self.features = features
-        self.bundle, self.manifest, self.optimised = bundle, manifest, optimised
+        self.bundle, self.manifest, self.optimized = bundle, manifest, optimized
         self.layers = range(len(manifest.model.layers))
         cached = manifest.graph("decode") or manifest.graph("prefill")
         assert cached is not None
@@ -88,8 +88,8 @@ class GraphRun:
             return {"input_ids": chunk}
         embed = self.manifest.graph("embed")
         assert embed is not None
-        pack = self.optimised and self.manifest.quantisation is not None
-        session = open_graph(self.bundle / embed.file.path, self.optimised, pack)
+        pack = self.optimized and self.manifest.quantization is not None
+        session = open_graph(self.bundle / embed.file.path, self.optimized, pack)
         (embeddings,) = session.run(None, {"input_ids": chunk})
         pictures = np.zeros_like(chunk)
         if self.features is not None:
@@ -103,8 +103,8 @@ class GraphRun:
         assert graph is not None
         if self._open is None or self._open[0] != role:
             self._open = None  # before the next is loaded
-            pack = self.optimised and self.manifest.quantisation is not None
-            self._open = role, open_graph(self.bundle / graph.file.path, self.optimised, pack)
+            pack = self.optimized and self.manifest.quantization is not None
+            self._open = role, open_graph(self.bundle / graph.file.path, self.optimized, pack)
         return graph
 
     def _call(

@@ -34,7 +34,7 @@ class GrowingReplay:
         self.entry: GraphEntry = entry
         self.truth, self.plan, self.bound, self.say = truth, plan, bound, say
         self.end = limit(manifest)
-        self.session = open_graph(bundle / entry.file.path, plan.optimised)
+        self.session = open_graph(bundle / entry.file.path, plan.optimized)
 
     def run(self) -> list[CaseResult]:
         self.say(f"dynamic, {len(self.plan.prompts)} prompts")
@@ -56,7 +56,7 @@ class GrowingReplay:
             start = stop
         return CaseResult(
             text=self.plan.text,
-            optimised=self.plan.optimised,
+            optimized=self.plan.optimized,
             start="prefill",
             bound=self.bound,
             prompt=prompt,

@@ -18,7 +18,7 @@ NUMBER = 1  # of the picture, among those of a call
 
 
 def pixels(vision: VisionSpec, seed: int = 0) -> np.ndarray:
-    """Noise [1, 3, H, W] of the size that normalised pixels have."""
+    """Noise [1, 3, H, W] of the size that normalized pixels have."""
     size = 1, vision.channels, vision.height, vision.width
     return np.random.default_rng(seed).standard_normal(size, np.float32)
 
@@ -56,12 +56,12 @@ def uncut(first: int, count: int, vision: VisionSpec) -> int:
     return BEFORE - first if vision.bidirectional and first < BEFORE < stop < end(vision) else count
 
 
-def features(bundle: Path, manifest: Manifest, optimised: bool) -> np.ndarray:
+def features(bundle: Path, manifest: Manifest, optimized: bool) -> np.ndarray:
     """What a bundle's vision graph makes of the picture: [T, hidden]."""
     graph, vision = manifest.graph("vision"), manifest.model.vision
     assert graph is not None
     assert vision is not None
-    session = open_graph(bundle / graph.file.path, optimised, optimised and manifest.quantisation is not None)
+    session = open_graph(bundle / graph.file.path, optimized, optimized and manifest.quantization is not None)
     (found,) = session.run(None, {"pixel_values": pixels(vision)})
     result: np.ndarray = found[0]
     return result

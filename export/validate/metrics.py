@@ -57,7 +57,7 @@ def diverge(original: np.ndarray, found: np.ndarray, token: int | None) -> Diver
 
 
 def kl_divergence(reference: np.ndarray, found: np.ndarray) -> float:
-    """KL divergence in nats from log-probabilities [V]; rounding may bring it below 0, which it never is."""
+    """KL divergence in nats from log-probabilities [V]; rounding may bring it below 0, which it cannot be."""
     return max(0.0, float(np.sum(np.exp(reference) * (reference - found))))
 
 

@@ -18,7 +18,7 @@ from stillgraph.exporter.validate.report import COLUMNS, Parity, case_row
 from stillgraph.manifest import Manifest
 
 INK = "#808691"  # reads on white and on black
-COLOURS = {True: "#3b82f6", False: "#f59e0b"}
+COLORS = {True: "#3b82f6", False: "#f59e0b"}
 FLOOR = 1e-9  # where the logarithmic axis puts an exact match
 
 PAGE = jinja2.Template(
@@ -44,8 +44,8 @@ code { font-size: .85em; }
 {{ "%.1e" | format(parity.max_cache_error) }} of keys and values,
 top-1 agreement {{ "%.2f" | format(100 * parity.top1_agreement) }} %.</p>
 <p>{{ parity.why_bound }}. The relative error is max |difference| over max |logit| of the reference.</p>
-{% if quality %}<h2>Quality of the quantised weights</h2>
-<p>The errors above are of the graph, against PyTorch with the same quantised weights. This is what those
+{% if quality %}<h2>Quality of the quantized weights</h2>
+<p>The errors above are of the graph, against PyTorch with the same quantized weights. This is what those
 weights cost against the checkpoint's own, over {{ quality.positions }} positions of
 {{ "a text" if quality.text else "random ids" }}:
 mean KL divergence {{ "%.2e" | format(quality.kl) }} nats (bound {{ "%.1e" | format(quality.kl_bound) }}),
@@ -63,7 +63,7 @@ perplexity {{ "%.3f" | format(quality.perplexity) }} where the checkpoint has
 <tbody>{% for broken, row in rows %}<tr{% if broken %} class="broken"{% endif %}>
 {%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
-<p>optimised: ONNX Runtime's own graph optimisations. prompt (given): the decode graph started from the
+<p>optimized: ONNX Runtime's own graph optimizations. prompt (given): the decode graph started from the
 reference's keys and values. max, mean and relative: of logits. cache: the worst layer.</p>
 </body></html>
 """,
@@ -87,7 +87,7 @@ def write_page(manifest: Manifest, parity: Parity) -> str:
         quality=parity.quality,
         facts=facts,
         columns=COLUMNS,
-        rows=[(not parity.holds(case), case_row(case)) for case in parity.cases],
+        rows=[(not parity.within_bound(case), case_row(case)) for case in parity.cases],
         positions=Markup(_figure(parity, _plot_positions)),
         layers=Markup(_figure(parity, _plot_layers)),
     )
@@ -111,23 +111,23 @@ def _figure(parity: Parity, plot: Callable[[Parity, Axes], None]) -> str:
 
 
 def _plot_positions(parity: Parity, axes: Axes) -> None:
-    for optimised, colour in COLOURS.items():
-        points = [(c.position, c.relative_error) for case in parity.cases if case.optimised == optimised
+    for optimized, color in COLORS.items():
+        points = [(c.position, c.relative_error) for case in parity.cases if case.optimized == optimized
                   for c in case.comparisons]  # fmt: skip
         if points:
             x, y = np.array(points).T
-            label = f"optimisations {'on' if optimised else 'off'}"
-            axes.scatter(x, np.maximum(y, FLOOR), s=7, color=colour, label=label, alpha=0.6, linewidths=0)
+            label = f"optimizations {'on' if optimized else 'off'}"
+            axes.scatter(x, np.maximum(y, FLOOR), s=7, color=color, label=label, alpha=0.6, linewidths=0)
     axes.set_xlabel("position")
     axes.set_ylabel("relative error of logits")
 
 
 def _plot_layers(parity: Parity, axes: Axes) -> None:
-    for optimised, colour in COLOURS.items():
-        errors = np.array([case.cache_errors for case in parity.cases if case.optimised == optimised])
+    for optimized, color in COLORS.items():
+        errors = np.array([case.cache_errors for case in parity.cases if case.optimized == optimized])
         if errors.size:
             worst = np.maximum(errors.max(axis=0), FLOOR)
-            label = f"optimisations {'on' if optimised else 'off'}"
-            axes.plot(range(len(worst)), worst, marker="o", markersize=4, color=colour, label=label)
+            label = f"optimizations {'on' if optimized else 'off'}"
+            axes.plot(range(len(worst)), worst, marker="o", markersize=4, color=color, label=label)
     axes.set_xlabel("layer")
     axes.set_ylabel("worst relative error")

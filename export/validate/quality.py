@@ -1,6 +1,6 @@
-"""What quantised weights cost, from divergences at many positions and the demo's questions.
+"""What quantized weights cost, from divergences at many positions and the demo's questions.
 
-Not the graph's error: that is measured against PyTorch with the same quantised weights
+Not the graph's error: that is measured against PyTorch with the same quantized weights
 (`stillgraph.exporter.validate.report`).
 """
 
@@ -29,7 +29,7 @@ BOUNDS: dict[Precision, tuple[float, float]] = {"int8": (0.02, 1.02), "int4": (0
 QUESTIONS = 100
 
 
-def summarise(
+def summarize(
     precision: Precision, divergences: Sequence[Divergence], text: bool, recall: tuple[float, float] | None
 ) -> Quality:
     """Means over positions; text: whether the ids are one; recall: of the bundle and of the checkpoint."""
@@ -58,7 +58,7 @@ def walk(bundle: Path, manifest: Manifest, original: Reference, end: int) -> lis
 
     original: of the checkpoint's own weights, over the ids [B, N], logits at every position before `end`.
     """
-    graphs = GraphRun(bundle, manifest, optimised=True)
+    graphs = GraphRun(bundle, manifest, optimized=True)
     ids, found = original.ids, list[Divergence]()
     cache, lengths = graphs.new_cache(), np.full(len(graphs.rows), min(max_len(manifest) or 1, end))
     logits = graphs.prefill(cache, ids, lengths)
@@ -86,7 +86,7 @@ def recall(bundle: Path, manifest: Manifest, model: PreTrainedModel) -> tuple[fl
     far, room = max(manifest.model.windows, default=0), limit(manifest)
     told = (Recall.of(story, tokenizer) for story in held_out(seed=0))
     asked = list(islice((r for r in told if r.distance > far and len(r.ids) <= room), QUESTIONS))
-    graphs = GraphRun(bundle, manifest, optimised=True)
+    graphs = GraphRun(bundle, manifest, optimized=True)
     # All prompts before all answers: one graph is in memory at a time.
     begun = [_prompted(graphs, question.ids, question.start) for question in asked]
     found = [_answers(graphs, *start, q.ids, q.start) for start, q in zip(begun, asked, strict=True)]

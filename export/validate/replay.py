@@ -41,9 +41,9 @@ class Replay:
         self, bundle: Path, manifest: Manifest, truth: Reference, plan: Plan, bound: float, say: Say
     ) -> None:
         self.manifest, self.truth, self.plan, self.bound, self.say = manifest, truth, plan, bound, say
-        seen = image.features(bundle, manifest, plan.optimised) if plan.text == "picture" else None
+        seen = image.features(bundle, manifest, plan.optimized) if plan.text == "picture" else None
         self.seen = seen
-        self.graphs = GraphRun(bundle, manifest, plan.optimised, seen)
+        self.graphs = GraphRun(bundle, manifest, plan.optimized, seen)
         self.rows, self.layers = self.graphs.rows, self.graphs.layers
 
     def run(self) -> list[CaseResult]:
@@ -101,7 +101,7 @@ class Replay:
     def result(self, state: State) -> CaseResult:
         return CaseResult(
             text=self.plan.text,
-            optimised=self.plan.optimised,
+            optimized=self.plan.optimized,
             start=state.start,
             bound=self.bound,
             prompt=state.prompt,

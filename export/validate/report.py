@@ -24,7 +24,7 @@ class CaseResult(Frozen):
     may be; int8_activations: whether it is of the prefill that rounds them."""
 
     text: TextKind
-    optimised: bool
+    optimized: bool
     start: Literal["prefill", "reference cache"]
     bound: float
     prompt: int
@@ -71,10 +71,12 @@ class Parity(Frozen):
 
     @property
     def passed(self) -> bool:
-        return all(self.holds(case) for case in self.cases) and (self.quality is None or self.quality.passed)
+        return all(self.within_bound(case) for case in self.cases) and (
+            self.quality is None or self.quality.passed
+        )
 
     def summary(self) -> dict[str, object]:
-        """What a script wants to know, as it goes into one JSON line."""
+        """What a script needs, for one JSON line."""
         errors = {"max_cache_error": self.max_cache_error, "max_feature_error": self.max_feature_error}
         return self.validation().model_dump() | errors
 
@@ -96,21 +98,21 @@ class Parity(Frozen):
         )
 
     def problem(self) -> str | None:
-        """The worst of what broke a bound, in a sentence; None where all hold."""
-        if broken := [case for case in self.cases if not self.holds(case)]:
+        """The worst of what broke a bound, in a sentence; None where none is broken."""
+        if broken := [case for case in self.cases if not self.within_bound(case)]:
             worst = max((error for case in broken for error in case.errors), key=_nan_last)
             return f"a relative error of {worst:.2e} is over the bound of {broken[0].bound:.1e}"
         if self.quality is not None and not self.quality.passed:
             ratio = self.quality.perplexity / self.quality.original_perplexity
             return (
-                f"quantised weights cost a KL divergence of {self.quality.kl:.2e} (bound"
+                f"quantized weights cost a KL divergence of {self.quality.kl:.2e} (bound"
                 f" {self.quality.kl_bound:.1e}) and {ratio:.3f} of the perplexity (bound"
                 f" {self.quality.perplexity_bound})"
             )
         return None
 
     def tables(self) -> list[Table]:
-        """The cases, and what quantised weights cost where they are."""
+        """The cases, and what quantized weights cost where they are."""
         return [self.table()] if self.quality is None else [self.table(), quality_table(self.quality)]
 
     def table(self) -> Table:
@@ -119,18 +121,18 @@ class Parity(Frozen):
             title=f"parity with PyTorch: {'passed' if self.passed else 'FAILED'}", caption=self.why_bound
         )
         for name in COLUMNS:
-            table.add_column(name, justify="left" if name in ("ids", "optimised") else "right")
+            table.add_column(name, justify="left" if name in ("ids", "optimized") else "right")
         for case in self.cases:
-            table.add_row(*case_row(case), style=None if self.holds(case) else "bold red")
+            table.add_row(*case_row(case), style=None if self.within_bound(case) else "bold red")
         return table
 
-    def holds(self, case: CaseResult) -> bool:
+    def within_bound(self, case: CaseResult) -> bool:
         """Whether a case is within the bound; a NaN is not."""
         return all(error <= case.bound for error in case.errors)
 
 
 def quality_table(quality: Quality) -> Table:
-    """What quantised weights cost, and the bounds."""
+    """What quantized weights cost, and the bounds."""
     ids = "a text" if quality.text else "random ids"
     title = f"the weights' quality over {quality.positions} positions of {ids}"
     table = Table("measure", "this bundle", "checkpoint", "bound", title=title)
@@ -146,7 +148,7 @@ def quality_table(quality: Quality) -> Table:
 
 COLUMNS = (
     "ids",
-    "optimised",
+    "optimized",
     "prompt",
     "steps",
     "max",
@@ -168,7 +170,7 @@ def case_row(case: CaseResult) -> list[str]:
     prompt = f"{case.prompt}" + ("" if case.start == "prefill" else " (given)")
     prompt += " (int8)" if case.int8_activations else ""
     return [
-        case.text, "on" if case.optimised else "off", prompt, f"{len(case.comparisons) // rows - 1}",
+        case.text, "on" if case.optimized else "off", prompt, f"{len(case.comparisons) // rows - 1}",
         f"{worst.max_error:.1e}", f"{np.mean([c.mean_error for c in case.comparisons]):.1e}",
         f"{worst.relative_error:.1e}", f"{max(c.kl for c in case.comparisons):.1e}", f"{agreement:.0%}",
         f"{worst.position}", f"{max(case.cache_errors):.1e}",
@@ -187,12 +189,12 @@ def bound(spec: ModelSpec, precision: Precision, rounds: bool = True) -> tuple[f
         value = 4 * ACTIVATION_ROUNDOFF * math.sqrt(4 * len(spec.layers) + 1)
         return value, (
             f"bound {value:.1e}: 4 * 2^-8 * sqrt(4 products * {len(spec.layers)} layers + head), inputs are"
-            " rounded to 8 bits; with optimisations off they are not, and the bound is that of fp32"
+            " rounded to 8 bits; with optimizations off they are not, and the bound is that of fp32"
         )
     if precision == "fp16":
         # Each of a layer's 7 products rounds its input, its matrix and its result to fp16. Independent errors
-        # add as the root of their number; the largest of V errors stands to the largest of V logits as one
-        # error to one logit. 2 is the margin.
+        # add as the root of their number; the largest of V errors has the same ratio to the largest of V
+        # logits as one error to one logit. 2 is the margin.
         value = 2 * HALF_ROUNDOFF * math.sqrt(21 * len(spec.layers))
         return (
             value,

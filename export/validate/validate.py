@@ -19,10 +19,10 @@ from stillgraph.exporter.config import Say
 from stillgraph.exporter.staging import staged_file
 from stillgraph.exporter.validate.cases import Depth, Plan, limit, make_plans, positions, random_ids, text_ids
 from stillgraph.exporter.validate.dynamic_replay import GrowingReplay
-from stillgraph.exporter.validate.fake_quantize import dequantise
+from stillgraph.exporter.validate.fake_quantize import dequantize
 from stillgraph.exporter.validate.image import with_picture
 from stillgraph.exporter.validate.page import write_page
-from stillgraph.exporter.validate.quality import recall, summarise, walk, walked
+from stillgraph.exporter.validate.quality import recall, summarize, walk, walked
 from stillgraph.exporter.validate.reference import reference
 from stillgraph.exporter.validate.replay import Replay
 from stillgraph.exporter.validate.report import CaseResult, Parity, TextKind, bound
@@ -35,7 +35,7 @@ QUICK_WALK = 256  # tokens of a text for the quality of weights
 def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default", say: Say) -> Parity:
     """Validate a bundle, write its reports and its manifest's result, and return the report.
 
-    model: the checkpoint, by default the one that the manifest names; depth: `quick` (optimised, random ids),
+    model: the checkpoint, by default the one that the manifest names; depth: `quick` (optimized, random ids),
     `default`, or `full` (every slot of ctx in every setting). Raises StillgraphError for bad input; a broken
     bound is a report with `passed` false.
     """
@@ -45,7 +45,7 @@ def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default"
         raise StillgraphError(STAGE, f"{bundle} has no prefill and no decode graph", "export one into it")
     plans = make_plans(manifest, depth)
     proof = Proof(bundle, manifest, _checkpoint(bundle, manifest, model), depth, say)
-    quality = proof.quality() if manifest.quantisation else None
+    quality = proof.quality() if manifest.quantization else None
     cases = [case for part in proof.parts() for case in proof.replay(part, plans)]
     value, why = bound(manifest.model, manifest.precision)
     parity = Parity(
@@ -64,7 +64,8 @@ def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default"
 
 
 class Proof:
-    """One validation at work. PyTorch's model is in memory only while it is asked, the graphs after it."""
+    """One validation in progress. PyTorch's model is in memory only while it is asked, the graphs after
+    it."""
 
     def __init__(
         self, bundle: Path, manifest: Manifest, checkpoint: Checkpoint, depth: Depth, say: Say
@@ -73,7 +74,7 @@ class Proof:
         self.depth, self.say = depth, say
 
     def quality(self) -> Quality | None:
-        """What the quantised weights cost; None for a bundle that lacks a graph."""
+        """What the quantized weights cost; None for a bundle that lacks a graph."""
         manifest = self.manifest
         if manifest.graph("prefill") is None or manifest.graph("decode") is None:
             return None
@@ -89,7 +90,7 @@ class Proof:
         del model
         self.say("the same text through the graphs")
         divergences = walk(self.bundle, manifest, original, end)
-        return summarise(manifest.precision, divergences, text, recalled)
+        return summarize(manifest.precision, divergences, text, recalled)
 
     def parts(self) -> list[Manifest]:
         """The bundle's graphs of the same weights; a prefill of int8 activations has its own."""
@@ -104,9 +105,9 @@ class Proof:
         """Every case of some graphs that have the same weights, against PyTorch with these weights."""
         self.say("loading PyTorch's model")
         model = self.checkpoint.load()
-        if part.quantisation is not None:
-            self.say("giving PyTorch's model the quantised weights")
-            dequantise(model, part, _int8_activations(part))
+        if part.quantization is not None:
+            self.say("giving PyTorch's model the quantized weights")
+            dequantize(model, part, _int8_activations(part))
         references = {}
         for kind in dict.fromkeys(plan.text for plan in plans):
             self.say(f"PyTorch's pass over {kind} ids")
@@ -117,9 +118,9 @@ class Proof:
         cases: list[CaseResult] = []
         runner = GrowingReplay if part.graph("dynamic") else Replay
         for plan in plans:
-            self.say(f"{plan.text} ids, ONNX Runtime's optimisations {'on' if plan.optimised else 'off'}")
+            self.say(f"{plan.text} ids, ONNX Runtime's optimizations {'on' if plan.optimized else 'off'}")
             # Without packed weights only the prefill that is written so rounds its inputs.
-            rounds = plan.optimised or _int8_activations(part)
+            rounds = plan.optimized or _int8_activations(part)
             value, _ = bound(part.model, part.precision, rounds)
             cases += runner(self.bundle, part, references[plan.text], plan, value, self.say).run()
         return cases

@@ -42,7 +42,7 @@ class Vision:
         self.spec, self._entry, self._load, self.one_at_a_time = spec, entry, load, one_at_a_time
         self._read_preprocessor = preprocessor
         self._preprocessor: Preprocessor | None = None
-        self._numbers = dict[bytes, int]()  # of pictures, by a hash of their pixels; never given twice
+        self._numbers = dict[bytes, int]()  # of pictures, by a hash of their pixels; never reused
         self._pixels = dict[int, Array]()  # [3, H, W] of pictures whose features are still to be made
         self._features = dict[int, Array]()  # [T, hidden], of the last request's pictures
         self._call: Callable[[], None] | None = None
@@ -124,7 +124,7 @@ class Vision:
         wanted = self.spec.channels, self.spec.height, self.spec.width
         if pixels.shape[1:] != wanted:
             problem = f"images become {pixels.shape[1:]} pixels and the vision graph takes {wanted}"
-            raise StillgraphError("read image", problem, "put the bundle's preprocessor_config.json right")
+            raise StillgraphError("read image", problem, "fix the bundle's preprocessor_config.json")
         return list(pixels)
 
     def _graph(self) -> GraphEntry:

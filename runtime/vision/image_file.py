@@ -15,7 +15,7 @@ Source: TypeAlias = "str | Path | bytes | Image.Image"
 # Where Pillow begins to warn of a decompression bomb: a quarter of a GiB at 3 bytes a pixel.
 MAX_PIXELS = 89_478_485
 # Pillow reads forty more. Left out is what starts a program (EPS), changes size once decoded (ICO, ICNS),
-# or has no mark at its start to be known by (TGA). MPO, a photo with previews behind it, comes as JPEG.
+# or has no signature at its start (TGA). MPO, a photo with previews behind it, comes as JPEG.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 KNOWN = "give an image as " + ", ".join(FORMATS[:-1]) + " or " + FORMATS[-1]
 
@@ -25,9 +25,9 @@ def open_image(source: Source) -> Image.Image:
 
     Path and bytes: what `transformers.image_utils.load_image` gives, that is RGB, upright as EXIF says, with
     alpha left out. An image of Pillow comes back as it is, mode, alpha, frame and orientation: what a
-    processor of transformers is given then too. 16-bit and float grey is not scaled: Pillow clips to 0..255.
-    Raises StillgraphError ("read image") for whatever is no one picture of 1 to MAX_PIXELS pixels; the count
-    is read from the header, before anything is decoded.
+    processor of transformers is given then too. 16-bit and float gray is not scaled: Pillow clips to 0..255.
+    Raises StillgraphError ("read image") for anything that is not a single picture of 1 to MAX_PIXELS pixels;
+    the count is read from the header, before anything is decoded.
     """
     if isinstance(source, Image.Image):
         check_size(source.size, "the image")
@@ -40,7 +40,7 @@ def open_image(source: Source) -> Image.Image:
     path = Path(source)
     try:
         if not path.is_file():
-            there = "is no file" if path.exists() else "does not exist"
+            there = "is not a file" if path.exists() else "does not exist"
             refuse(f"{path} {there}", "give the path of an image file")
         with path.open("rb") as file:
             return _decode(file, str(path), path.stat().st_size)

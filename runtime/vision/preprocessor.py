@@ -22,7 +22,7 @@ from stillgraph.vision.pixels import Floats, Size, center_crop, looked_up, resiz
 __all__ = ["Preprocessor", "Source", "open_image"]
 
 CONFIG, NESTED = "preprocessor_config.json", "processor_config.json"
-# A step, and what it cannot do without.
+# A step, and the values that it needs.
 NEEDS: dict[str, tuple[str, ...]] = {
     "do_convert_rgb": (),
     "do_resize": ("size", "resample"),
@@ -126,12 +126,12 @@ class Preprocessor(Frozen):
             return cls(**_steps(Options.model_validate(values)))
         except ValidationError as error:
             name = str(error.errors()[0]["loc"][0])
-            _unread(f"{kind}: {name} is {values.get(name)!r}", f"put {CONFIG} right")
+            _unread(f"{kind}: {name} is {values.get(name)!r}", f"fix {CONFIG}")
 
     def pixel_values(self, images: Sequence[Source]) -> Floats:
         """float32 [B, 3, H, W] of `images` (see `open_image`), bit for bit those of transformers' `...Pil`.
 
-        One difference: with neither rescaling nor normalisation they are float32 here and uint8 there.
+        One difference: with neither rescaling nor normalization they are float32 here and uint8 there.
         Raises StillgraphError ("read image") for no images, one that cannot be read, and sizes that differ
         where no step makes them equal.
         """
@@ -172,7 +172,7 @@ def _kind(raw: Mapping[str, Any]) -> str:
 def _filled(kind: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     """`raw` over the processor's own values. A null is no value of its own: it leaves a step out.
 
-    But for do_convert_rgb: Gemma 3's checkpoints have null there, and Gemma3Processor then asks for it.
+    Except for do_convert_rgb: Gemma 3's checkpoints have null there, and Gemma3Processor then asks for it.
     """
     off = dict.fromkeys([*NEEDS, "default_to_square"], False) | {"do_convert_rgb": True}
     values = DEFAULTS[kind] | dict(raw)
@@ -184,19 +184,19 @@ def _check_steps(kind: str, values: Mapping[str, Any]) -> None:
     known = NEEDS.keys() - ({"do_center_crop"} if kind == "Gemma3ImageProcessor" else set())
     for name, value in values.items():
         if value and (name in UNREAD or (name.startswith("do_") and name not in known)):
-            _unread(f"{kind}: {name} is not supported", "use a model whose processor goes without it")
+            _unread(f"{kind}: {name} is not supported", "use a model whose processor does not need it")
         if value and (missing := [need for need in NEEDS.get(name, ()) if values.get(need) is None]):
-            _unread(f"{kind}: {name} without {missing[0]}", f"put {CONFIG} right")
+            _unread(f"{kind}: {name} without {missing[0]}", f"fix {CONFIG}")
 
 
 def _steps(options: Options) -> dict[str, Any]:
     """The fields of a Preprocessor. Raises StillgraphError for numbers that no picture can be made with."""
     std = _triple(options.image_std) if options.do_normalize else None
     if std and not all(np.float32(value) for value in std):
-        _unread("image_std is 0", f"put {CONFIG} right")
+        _unread("image_std is 0", f"fix {CONFIG}")
     crop = _size("crop_size", options.crop_size, square=True) if options.do_center_crop else None
     if isinstance(crop, int):
-        _unread("crop_size has no height and width", f"put {CONFIG} right")
+        _unread("crop_size has no height and width", f"fix {CONFIG}")
     return {
         "size": _size("size", options.size, options.default_to_square) if options.do_resize else None,
         "resample": options.resample if options.do_resize else None,

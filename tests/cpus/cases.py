@@ -18,7 +18,7 @@ from stillgraph import load
 from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.config import decode_shape, prefill_shape, request, with_one_slack
 from stillgraph.exporter.demo.stories import held_out
-from stillgraph.exporter.quantize.rounding import Format, quantise
+from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Precision
 from tests.cpus import products
 from tests.cpus.rounding import BLOCK
@@ -64,7 +64,7 @@ def _write_rounding(folder: Path) -> None:
         case = products.Case("blocked", Format(bits, BLOCK), 4 * BLOCK)
         weights = torch.from_numpy(rng.standard_normal((case.entries, case.columns)).astype(np.float32))
         feeds = rng.standard_normal((1, case.rows, case.columns)).astype(np.float32)
-        products.build(case, folder / precision, quantise(weights / 64, case.form), feeds)
+        products.build(case, folder / precision, quantize(weights / 64, case.form), feeds)
 
 
 def _export(bundle: Bundle, out: Path) -> None:

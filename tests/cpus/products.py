@@ -1,4 +1,4 @@
-"""Every form of a product with quantised weights, of given codes, and the sums that it has to give.
+"""Every form of a product with quantized weights, of given codes, and the sums that it has to give.
 
 Activations are whole numbers of which 127 is the largest in every block, so that rounding them to 8 bits
 changes nothing. Scales are 1/2 and 1, and sums in halves stay below 2**24, which fp32 holds exactly. So what
@@ -23,8 +23,8 @@ from stillgraph.exporter.quantize import layouts
 from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix
 from stillgraph.exporter.quantize.lower import IR_VERSION, Plan
-from stillgraph.exporter.quantize.rounding import Format, Quantised, _without_large_pairs
-from stillgraph.manifest import Precision, Quantisation, Target
+from stillgraph.exporter.quantize.rounding import Format, Quantized, _without_large_pairs
+from stillgraph.manifest import Precision, Quantization, Target
 
 LARGEST = 127  # of an activation: its scale is 1
 COLUMNS = (67, 130, 200, 256)  # odd; no multiple of 4; no multiple of a block; whole blocks
@@ -39,12 +39,12 @@ Op = Callable[[ops.Builder, ir.Value, Matrix], ir.Value]
 OPS: dict[str, Op] = {
     "channel": ops.int8_product,
     "blocked": ops.blocked_product,
-    "dequantised": ops.dequantised_product,
+    "dequantized": ops.dequantized_product,
     "table": ops.gather_table,
     "columns": ops.gather_columns,
 }
 GATHERS = ("table", "columns")
-TARGETS: dict[str, Target] = {"dequantised": "portable", "columns": "portable"}
+TARGETS: dict[str, Target] = {"dequantized": "portable", "columns": "portable"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
 def cases() -> list[Case]:
     """Every product form that a graph of ours can hold, in every size."""
     found = [Case("channel", Format.channel(k), k, m) for k in COLUMNS for m in ROWS]
-    for op in ("blocked", "dequantised", *GATHERS):
+    for op in ("blocked", "dequantized", *GATHERS):
         for form in _forms(TARGETS.get(op, "onnxruntime")):
             sizes = [(len(PATTERNS), n) for n in (ENTRIES, EVEN)] if op in GATHERS else []
             sizes = sizes or [(m, ENTRIES) for m in ROWS]
@@ -90,23 +90,23 @@ def _forms(target: Target) -> list[Format]:
     how = [(block, symmetric) for block in (32, 64, 128) for symmetric in (True, False)]
     precisions: tuple[Precision, ...] = ("int4", "int8")
     return [
-        Plan(target, precision, Quantisation(block_size=block, symmetric=symmetric)).form(precision)
+        Plan(target, precision, Quantization(block_size=block, symmetric=symmetric)).form(precision)
         for precision in precisions
         for block, symmetric in how
     ]
 
 
 def build(
-    case: Case, folder: Path, quantised: Quantised | None = None, feeds: np.ndarray | None = None
+    case: Case, folder: Path, quantized: Quantized | None = None, feeds: np.ndarray | None = None
 ) -> None:
     """Write graph.onnx, its weights, and case.npz: feeds [F, ..] and weights [N, K] in halves.
 
-    quantised, feeds: in place of those that the case has by itself.
+    quantized, feeds: in place of those that the case has by itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    quantised = quantised or given(case)
-    _write_graph(case, quantised, folder)
-    halves = quantised.dequantise().double().numpy() * 2
+    quantized = quantized or given(case)
+    _write_graph(case, quantized, folder)
+    halves = quantized.dequantize().double().numpy() * 2
     assert LARGEST * np.abs(halves).sum(-1).max() < EXACT
     if feeds is None:
         ids = np.arange(2 * case.rows).reshape(2, case.rows) % case.entries
@@ -114,7 +114,7 @@ def build(
     np.savez(folder / "case.npz", feeds=feeds, weights=halves)
 
 
-def _write_graph(case: Case, quantised: Quantised, folder: Path) -> None:
+def _write_graph(case: Case, quantized: Quantized, folder: Path) -> None:
     gather = case.op in GATHERS
     fp32, int64 = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
     shape = (case.rows,) if gather else (case.rows, case.columns)
@@ -128,7 +128,7 @@ def _write_graph(case: Case, quantised: Quantised, folder: Path) -> None:
     builder.put_in_place_of(placeholder, OPS[case.op](builder, x, matrix))
     model = ir.Model(graph, ir_version=IR_VERSION)
     (folder / weights.WEIGHTS_FILE).unlink(missing_ok=True)
-    with mock.patch.object(layouts, "quantise", return_value=quantised):
+    with mock.patch.object(layouts, "quantize", return_value=quantized):
         stored = weights.write(
             folder, list(builder.parts.values()), lambda name: torch.zeros(case.entries, case.columns)
         )
@@ -136,14 +136,14 @@ def _write_graph(case: Case, quantised: Quantised, folder: Path) -> None:
     ir.save(model, folder / "graph.onnx")
 
 
-def given(case: Case, levels: np.ndarray | None = None) -> Quantised:
+def given(case: Case, levels: np.ndarray | None = None) -> Quantized:
     """Weights with scales of 1 and 1/2, of levels (codes less zero points) [N, K]; None: of `PATTERNS`."""
     form, blocks = case.form, case.form.blocks(case.columns)
     shape = case.entries, blocks, form.block
     zeros = np.full(shape[:2], form.middle)
     if levels is None:
         levels, zeros = _patterns(case)
-    if form.pair_safe:  # as `quantise` leaves them
+    if form.pair_safe:  # as `quantize` leaves them
         levels = _without_large_pairs(torch.from_numpy(levels.copy())).numpy()
     padded = np.pad(levels, ((0, 0), (0, blocks * form.block - case.columns)))
     codes = padded.reshape(shape) + zeros[..., None]
@@ -151,7 +151,7 @@ def given(case: Case, levels: np.ndarray | None = None) -> Quantised:
     assert codes.max() < 2 * form.middle
     row, block = np.indices(shape[:2])
     signs = np.where((row % 3 == 0) & (not form.positive), -1, 1)
-    return Quantised(
+    return Quantized(
         form,
         case.columns,
         torch.from_numpy(codes.reshape(case.entries, -1).astype(np.uint8)),

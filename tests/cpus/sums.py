@@ -30,19 +30,19 @@ def difference(folder: Path, entries: dict[str, str] | None = None) -> str | Non
 
 
 def outputs(
-    folder: Path, entries: dict[str, str] | None = None, optimised: Path | None = None
+    folder: Path, entries: dict[str, str] | None = None, optimized: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Feeds [F, ..], weights [N, K] and what the graph gives [F, .., N or K]; the last two in halves.
 
-    optimised: a file for the graph as ONNX Runtime optimised it.
+    optimized: a file for the graph as ONNX Runtime optimized it.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     for name, value in {LEVEL: "4", **EXACT_SUMS, **(entries or {})}.items():
         options.add_session_config_entry(name, value)
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     session = ort.InferenceSession(str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"])
     with np.load(folder / "case.npz") as case:
         feeds, weights = case["feeds"], case["weights"]

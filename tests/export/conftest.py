@@ -68,8 +68,8 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 class Replay:
     """One bundle run over the truth's ids, every call checked. `cache` holds what the graphs returned."""
 
-    def __init__(self, bundle: Path, optimised: bool) -> None:
-        self.bundle, self.optimised, self.manifest = bundle, optimised, read(bundle)
+    def __init__(self, bundle: Path, optimized: bool) -> None:
+        self.bundle, self.optimized, self.manifest = bundle, optimized, read(bundle)
         self.shape = self.entry("decode").shape
         self.rows, self.ctx = np.arange(self.shape.batch), self.shape.limit
         self.truth = truth_of(self.manifest.source.id, len(self.rows), self.ctx)
@@ -93,7 +93,7 @@ class Replay:
     def session(self, role: str) -> ort.InferenceSession:
         if role not in self.sessions:
             options = ort.SessionOptions()
-            if not self.optimised:
+            if not self.optimized:
                 options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             path = self.bundle / self.entry(role).file.path
             self.sessions[role] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -243,5 +243,5 @@ def follows() -> Callable[..., bool]:
 
 @pytest.fixture(scope="session")
 def replay_of() -> type[Replay]:
-    """`replay_of(bundle, optimised)`: a bundle over the truth's ids."""
+    """`replay_of(bundle, optimized)`: a bundle over the truth's ids."""
     return Replay

@@ -172,7 +172,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("values", "word"), INVALID, ids=[str(values) for values, _ in INVALID])
 def test_config_that_makes_no_sense(own: Path, refused: Refused, values: dict[str, Any], word: str) -> None:
     edit_config(own, **values)
-    with refused(STAGE, "config.json is not valid", word, "mend config.json"):
+    with refused(STAGE, "config.json is not valid", word, "fix config.json"):
         open_checkpoint(str(own))
 
 

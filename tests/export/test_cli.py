@@ -115,7 +115,7 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
     same = (Comparison(row=0, position=3, top1_equal=True, **errors),)
     case = CaseResult(
         text="random",
-        optimised=True,
+        optimized=True,
         start="prefill",
         bound=1e-5,
         prompt=3,
@@ -231,12 +231,12 @@ def test_simplify_that_would_change_numbers_leaves_the_bundle(own_bundle, monkey
     from stillgraph.errors import CheckFailed
 
     def differ(before: Path, after: Path, aliases: object) -> float:
-        raise CheckFailed("simplify", f"{after.name} differs", "report this as a defect")
+        raise CheckFailed("simplify", f"{after.name} differs", "please report this bug")
 
     with_an_identity(own_bundle)
     before = {path: path.read_bytes() for path in own_bundle.rglob("*.*")}
     monkeypatch.setattr(stillgraph.exporter.bundle.resimplify, "same_outputs", differ)
     assert cli.main(["simplify", str(own_bundle), "--quiet"]) == 1
-    assert "differs; report this" in capsys.readouterr().err
+    assert "differs; please report this" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in own_bundle.rglob("*.*")} == before
     assert [path.name for path in own_bundle.parent.iterdir()] == ["own"]

@@ -1,11 +1,11 @@
-"""Options of an export that are refused, each with one sentence, and those of quantisation that are not."""
+"""Options of an export that are refused, each with one sentence, and those of quantization that are not."""
 
 from __future__ import annotations
 
 import pytest
 
 from stillgraph import cli
-from stillgraph.manifest import Quantisation
+from stillgraph.manifest import Quantization
 
 SIZES = ["--max-len", "8", "--ctx", "16"]
 ORT = ["--target", "onnxruntime"]
@@ -83,7 +83,7 @@ def test_a_head_size_that_the_target_does_not_take(tiny_checkpoint, tmp_path, ca
     assert not out.exists()
 
 
-def test_options_of_quantisation_reach_the_export(tmp_path, monkeypatch, capsys) -> None:
+def test_options_of_quantization_reach_the_export(tmp_path, monkeypatch, capsys) -> None:
     asked = []
 
     def fake(config, shapes, replace, say, vision=False):
@@ -109,7 +109,7 @@ def test_options_of_quantisation_reach_the_export(tmp_path, monkeypatch, capsys)
         assert cli.main([*arguments, "--quiet"]) == 1
         config, slacks = asked.pop()
         assert config.target == "onnxruntime"
-        assert config.quantisation == Quantisation(
+        assert config.quantization == Quantization(
             block_size=32, symmetric=False, keep={"a": "int8", "b": "fp32"}, fast_prefill=True
         )
         assert slacks == {"prefill": [199], "decode": [128], "bundle": [199, 199]}[command]

@@ -21,7 +21,7 @@ from stillgraph.exporter.config import (
     request,
     with_one_slack,
 )
-from stillgraph.manifest import Quantisation, read
+from stillgraph.manifest import Quantization, read
 from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
@@ -78,15 +78,15 @@ def test_a_request_for_what_is_not_built(
         request(**VALUES | values)
 
 
-def test_a_request_for_quantised_weights() -> None:
-    assert request(**VALUES).quantisation is None
-    assert request(**VALUES | INT4).quantisation == Quantisation(block_size=128)
+def test_a_request_for_quantized_weights() -> None:
+    assert request(**VALUES).quantization is None
+    assert request(**VALUES | INT4).quantization == Quantization(block_size=128)
     options = {"block_size": 32, "asymmetric": True, "keep": ["lm_head=int8", "layers.0.*=fp32"]}
-    assert request(**VALUES | INT4 | options).quantisation == Quantisation(
+    assert request(**VALUES | INT4 | options).quantization == Quantization(
         block_size=32, symmetric=False, keep={"lm_head": "int8", "layers.0.*": "fp32"}
     )
     fast = request(**VALUES | ORT | {"precision": "int8", "block_size": 64, "fast_prefill": True})
-    assert fast.quantisation == Quantisation(block_size=64, fast_prefill=True)
+    assert fast.quantization == Quantization(block_size=64, fast_prefill=True)
 
 
 def test_the_onnxruntime_target_has_slack_for_a_padded_chunk() -> None:
@@ -186,8 +186,8 @@ OTHERS: list[tuple[dict[str, Any], GraphShape, str]] = [
     ({}, PREFILL.model_copy(update={"ctx": 48}), "ctx 40"),
     ({}, GraphShape(role="decode", slots=1, ctx=32), "ctx 40"),
     ({}, GraphShape(role="prefill", slots=41), "at most ctx"),
-    (INT4 | {"quantisation": Quantisation(block_size=32)}, PREFILL, "precision fp32"),
-    ({"quantisation": Quantisation(block_size=32)}, PREFILL, "quantisation None"),
+    (INT4 | {"quantization": Quantization(block_size=32)}, PREFILL, "precision fp32"),
+    ({"quantization": Quantization(block_size=32)}, PREFILL, "quantization None"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Whatever ends an export, the former bundle is whole and the next export cleans up."""
+"""However an export ends, the previous bundle is whole and the next export cleans up."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_leftovers_of_the_dead_are_removed(place: Path, dead: int, own_number: b
 
 
 def test_leftovers_of_others_are_not(place: Path) -> None:
-    """A process at work, another bundle, a name that only looks alike."""
+    """A running process, another bundle, a name that only looks alike."""
     keep = {f".place.staging-{os.getppid()}", ".places.staging-1", ".place.staging-mine"}
     for name in keep:
         (place.parent / name).mkdir()
@@ -138,7 +138,7 @@ def test_leftovers_of_others_are_not(place: Path) -> None:
     assert {path.name for path in place.parent.iterdir()} == {"place", *keep}
 
 
-def test_a_kill_between_the_two_renames_is_mended(place: Path, dead: int) -> None:
+def test_a_kill_between_the_two_renames_is_fixed(place: Path, dead: int) -> None:
     place.rename(place.parent / f".place.former-{dead}")
     with pytest.raises(ZeroDivisionError), staged(place):  # noqa: PT012 - the block is what fails
         assert (place / "old").read_text() == "old"

@@ -107,7 +107,7 @@ WRONG = [
     (["-p", "a", "--token-ids", "1"], "2 prompts were given"),
     (["-p", ""], "the prompt is empty"),
     (["--token-ids", "1,x"], "'1,x' is not a list of numbers"),
-    (["--token-ids", "1", "--chat"], "--token-ids is no text for --chat"),
+    (["--token-ids", "1", "--chat"], "--token-ids cannot be used with --chat"),
     (["--token-ids", "261"], "token id 261 is outside the vocabulary of 261"),
     (["--prompt-file", "/no/such/file"], "/no/such/file: No such file"),
     (["-p", "a" * 65], "the prompt has 66 tokens and the cache takes 64"),
@@ -160,7 +160,7 @@ def test_a_chat_that_fails_from_a_pipe_is_exit_code_2(bundle_of, capsys, stdin) 
 
 
 def entry_points_of(monkeypatch, **loaded) -> list[str]:
-    """Pretend these commands are installed; returns the list of the ones that get imported."""
+    """Fake these commands as installed; returns the list of the ones that get imported."""
     imported: list[str] = []
 
     class Fake:

@@ -43,7 +43,7 @@ def test_a_manifest_reads_as_it_was_written(bundle_of) -> None:
         (lambda raw: raw["graphs"]["decode"].update(color="red"), "graphs.decode.color: Extra inputs"),
         (lambda raw: raw.update(format_version=2), "format version 2; this stillgraph understands version 3"),
         (lambda raw: raw.update(format_version=4), "format version 4; this stillgraph understands version 3"),
-        (lambda raw: raw.update(quantisation={"block_size": 0}), "quantisation.block_size: Input should be"),
+        (lambda raw: raw.update(quantization={"block_size": 0}), "quantization.block_size: Input should be"),
         (lambda raw: raw["graphs"]["decode"]["shape"].update(slack=8), "do not fit the model"),
         (lambda raw: raw.pop("format_version"), "format version None"),
         (lambda raw: raw.pop("weights"), "weights: Field required"),

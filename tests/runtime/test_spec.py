@@ -129,7 +129,8 @@ def test_the_op_holds_what_first_position_says(window: int | None, slots: int, s
 
 @pytest.mark.parametrize("slack", [3, 20])
 def test_the_last_tokens_fed_again_are_the_same_where_the_window_has_not_moved(slack: int) -> None:
-    """What lets a chat go back: a cache of more tokens serves a shorter text with the same first position."""
+    """What allows a chat to go back: a cache of more tokens serves a shorter text with the same first
+    position."""
     prefill, decode = shapes(4, slack)
     layer = sliding(8)
     went_back = 0

@@ -1,4 +1,4 @@
-"""Who else runs this model: PyTorch, and the peers with how each is installed, prepared and started.
+"""What else runs this model: PyTorch, and the peers with how each is installed, prepared and started.
 
 Peers are never a dependency: each lives in WORK/env/<peer>, an environment of its own, because the exporters
 of two of them need transformers 4.
@@ -44,7 +44,7 @@ class Peer:
         remedy = f"{install} {self.name} --work {source.work}"
         missing = None if python.exists() else f"not installed: {remedy}"
         if not missing and not folder.is_dir():
-            missing = f"{source.checkpoint} is no folder; name one with --model"
+            missing = f"{source.checkpoint} is not a folder; name one with --model"
         return [
             Contender(
                 name=model.removesuffix(".gguf"),

@@ -52,7 +52,7 @@ class Genai:
 def prepare(checkpoint: Path, models: Path) -> None:
     source = folder_for_transformers4(checkpoint, models)
     for block in BLOCKS:
-        beside = models / f"genai-b{block}.part"  # a folder that is there is whole
+        beside = models / f"genai-b{block}.part"  # a folder that exists is complete
         build = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
         build += ["-o", str(beside), "-c", str(models / "cache"), "-p", "int4", "-e", "cpu"]
         options = [f"int4_block_size={block}", "int4_accuracy_level=4"]

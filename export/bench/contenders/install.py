@@ -2,7 +2,7 @@
 
     python -m stillgraph.exporter.bench.contenders.install llama genai openvino [--work artifacts/bench]
 
-What is there already stays: remove WORK/env/<peer> to have it made anew. llama.cpp is compiled for this
+What is there already stays: remove WORK/env/<peer> to have it built again. llama.cpp is compiled for this
 machine: 5 to 10 minutes on two cores, with a C++ compiler. `stillgraph bench` then writes their models from
 the checkpoint by itself.
 """
@@ -21,7 +21,7 @@ from stillgraph.exporter.bench.contenders.catalog import PEERS, Peer
 
 
 def install(peer: Peer, work: Path) -> None:
-    """Raises CalledProcessError; what was begun is taken away again."""
+    """Raises CalledProcessError; what a failed install has left is removed."""
     python = peer.python(work)
     if python.exists():
         return
@@ -54,7 +54,7 @@ def main() -> int:
         try:
             install(peer, args.work.resolve())
             print(f"{peer.name}: ready")
-        except subprocess.CalledProcessError as error:  # one peer that fails stops no other
+        except subprocess.CalledProcessError as error:  # a peer that fails does not stop the others
             failed = 1
             print(f"{peer.name}: {error}", file=sys.stderr)
     return failed

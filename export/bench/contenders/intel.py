@@ -64,7 +64,7 @@ def last_logits_alone(model: openvino.Model) -> None:
 def prepare(checkpoint: Path, models: Path) -> None:
     source = folder_for_transformers4(checkpoint, models)
     for form, options in FORMS.items():
-        beside = models / f"openvino-{form}.part"  # a folder that is there is whole
+        beside = models / f"openvino-{form}.part"  # a folder that exists is complete
         export = [
             sys.executable,
             "-m",

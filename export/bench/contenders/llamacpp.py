@@ -158,7 +158,7 @@ def gguf_name(name: str) -> str:
 
 
 def prepare(checkpoint: Path, models: Path) -> None:
-    """Write the GGUF and quantise it: q4_0 keeps the embedding at 8 bits, which is llama.cpp's default."""
+    """Write the GGUF and quantize it: q4_0 keeps the embedding at 8 bits, which is llama.cpp's default."""
     silence()
     source = models / "llama-bf16.gguf"
     write_gguf(checkpoint, source)
@@ -169,7 +169,7 @@ def prepare(checkpoint: Path, models: Path) -> None:
         if embedding is not None:  # GGML_TYPE_Q4_0; the tied head is the same tensor
             params.token_embedding_type = params.output_tensor_type = embedding
         target = models / f"llama-{name}.gguf"
-        beside = target.with_suffix(".part")  # a file that is there is whole
+        beside = target.with_suffix(".part")  # a file that exists is complete
         if llama_cpp.llama_model_quantize(bytes(source), bytes(beside), ctypes.byref(params)):
             raise SystemExit(f"llama.cpp cannot write {target}")
         beside.replace(target)

@@ -63,7 +63,7 @@ def read_mb(manifest: Manifest) -> float | None:
 
     None with a prefill's own.
     """
-    if manifest.quantisation and manifest.quantisation.fast_prefill:
+    if manifest.quantization and manifest.quantization.fast_prefill:
         return None
     tensors = manifest.weights.tensors
     untied = any(name.startswith("lm_head") for name in tensors)

@@ -1,4 +1,4 @@
-"""The probe of memory: a number that can be, and no number for what cannot be asked."""
+"""The probe of memory: a plausible number, and errors for wrong options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The page in a real browser: plots have a size, none is wider than the page, nothing is complained of."""
+"""The page in a real browser: plots have a size, none is wider than the page, nothing is logged as an
+error."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ def test_a_file_system_with_links_or_without(
 def test_a_former_weights_file_does_not_grow_under_its_bundle(
     own: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The former bundle's files are carried over as hard links: appending through one would change it."""
-    # As if the former bundle lacked a weight that the new graph needs: forget one, and keep its bytes.
+    """The previous bundle's files are carried over as hard links: appending through one would change it."""
+    # As if the previous bundle lacked a weight that the new graph needs: forget one, and keep its bytes.
     manifest = read(own)
     tensors = dict(manifest.weights.tensors)
     del tensors["model.layers.0.mlp.up_proj.weight.transpose"]

@@ -54,7 +54,7 @@ def float_weights() -> Arrays:
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def quantised_weights() -> Arrays:
+def quantized_weights() -> Arrays:
     """int4 in blocks along H: the tied head, read as a table too, two products, and one vector for all."""
     rng = np.random.default_rng(0)
     arrays: Arrays = {"scale": rng.standard_normal(H).astype(np.float32)}
@@ -64,7 +64,7 @@ def quantised_weights() -> Arrays:
     return arrays
 
 
-def quantised_nodes() -> list[onnx.NodeProto]:
+def quantized_nodes() -> list[onnx.NodeProto]:
     """The two products of one row, mixed into the row of its token; a cache that gets their sum added."""
     ms = {"domain": "com.microsoft"}
     gather = {"bits": 4, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
@@ -165,17 +165,17 @@ def mock_bundle(tmp_path: Path) -> Callable[..., Path]:
 
     def make(precision: str, name: str | None = None, change: Callable[[Arrays], Any] | None = None) -> Path:
         packs = precision == "int4"
-        arrays = quantised_weights() if packs else float_weights()
+        arrays = quantized_weights() if packs else float_weights()
         if change is not None:
             change(arrays)
-        nodes = quantised_nodes() if packs else float_nodes()
+        nodes = quantized_nodes() if packs else float_nodes()
         return write_bundle(tmp_path / (name or precision), precision, nodes, arrays)
 
     return make
 
 
 @pytest.fixture
-def quantised(mock_bundle: Callable[..., Path]) -> Path:
+def quantized(mock_bundle: Callable[..., Path]) -> Path:
     return mock_bundle("int4")
 
 

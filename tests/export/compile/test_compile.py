@@ -45,11 +45,11 @@ def places(model: onnx.ModelProto) -> dict[str, dict[str, str]]:
     return {t.name: external(t) for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
 
 
-def test_both_graphs_have_one_copy_of_the_packed_weights(quantised: Path) -> None:
-    compiled = compile_bundle(quantised, silent)
+def test_both_graphs_have_one_copy_of_the_packed_weights(quantized: Path) -> None:
+    compiled = compile_bundle(quantized, silent)
     assert compiled.packed
     assert compiled.data is not None
-    prefill, decode = [places(model) for model in graphs(quantised, compiled)]
+    prefill, decode = [places(model) for model in graphs(quantized, compiled)]
     assert prefill == decode
     of_the_bundle = {
         name: entries for name, entries in prefill.items() if entries["location"] == "weights.data"
@@ -66,23 +66,23 @@ def test_both_graphs_have_one_copy_of_the_packed_weights(quantised: Path) -> Non
     assert blobs <= compiled.data.nbytes < blobs + 6 * 4096
 
 
-def test_the_largest_packed_weight_comes_first(quantised: Path) -> None:
+def test_the_largest_packed_weight_comes_first(quantized: Path) -> None:
     """The order in which ONNX Runtime packs; the file had the products in another one."""
-    for model in graphs(quantised, compile_bundle(quantised, silent)):
+    for model in graphs(quantized, compile_bundle(quantized, silent)):
         assert model.graph.node[0].input[1] in ("up", "gate")
         assert len({node.name or node.output[0] for node in model.graph.node}) == len(model.graph.node)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_sessions_map_the_file(quantised: Path) -> None:
-    compiled = compile_bundle(quantised, silent)
+def test_sessions_map_the_file(quantized: Path) -> None:
+    compiled = compile_bundle(quantized, silent)
     assert compiled.data is not None
-    path = str((quantised / compiled.data.path).resolve())
+    path = str((quantized / compiled.data.path).resolve())
     sessions = []
     for count, graph in enumerate(compiled.graphs, 1):
         options = ort.SessionOptions()
-        set_options(options, quantised, compiled.packed)
-        sessions.append(ort.InferenceSession(str(quantised / graph.file.path), options))
+        set_options(options, quantized, compiled.packed)
+        sessions.append(ort.InferenceSession(str(quantized / graph.file.path), options))
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
         assert len(mapped) == 3 * count  # the packed weights; what they were packed from is unmapped again
 
@@ -102,23 +102,23 @@ def test_fp32_is_packed_on_request_only(floats: Path, pack: bool) -> None:
         assert set(where.values()) == {"weights.data"}
 
 
-def test_load_finds_it_and_the_bundle_is_untouched(quantised: Path) -> None:
-    before = contents(quantised)
-    compiled = compile_bundle(quantised, silent)
-    manifest = read(quantised)
-    assert find(quantised, manifest, hashes=True).compiled == compiled
-    check_files(quantised, manifest, hashes=True)
-    after = contents(quantised)
+def test_load_finds_it_and_the_bundle_is_untouched(quantized: Path) -> None:
+    before = contents(quantized)
+    compiled = compile_bundle(quantized, silent)
+    manifest = read(quantized)
+    assert find(quantized, manifest, hashes=True).compiled == compiled
+    check_files(quantized, manifest, hashes=True)
+    after = contents(quantized)
     assert {name: data for name, data in after.items() if not name.startswith(COMPILED)} == before
     ours = {Path(name).name for name in after.keys() - before.keys()}
     assert ours == {DESCRIPTION, *(Path(file.path).name for file in compiled.files())}
 
 
-def test_through_a_link_and_from_another_place(quantised: Path, tmp_path: Path) -> None:
+def test_through_a_link_and_from_another_place(quantized: Path, tmp_path: Path) -> None:
     """ONNX Runtime refuses weights outside a folder that it resolves; a bundle may be moved or linked."""
-    (tmp_path / "link").symlink_to(quantised)
+    (tmp_path / "link").symlink_to(quantized)
     compile_bundle(tmp_path / "link", silent)
-    for place in (quantised, shutil.copytree(quantised, tmp_path / "copy"), tmp_path / "link"):
+    for place in (quantized, shutil.copytree(quantized, tmp_path / "copy"), tmp_path / "link"):
         compiled = find(place, read(place)).compiled
         assert compiled is not None
         options = ort.SessionOptions()
@@ -126,16 +126,16 @@ def test_through_a_link_and_from_another_place(quantised: Path, tmp_path: Path) 
         ort.InferenceSession(str(place / compiled.graphs[0].file.path), options)
 
 
-def test_again_is_the_same_and_repairs(quantised: Path) -> None:
-    compiled = compile_bundle(quantised, silent)
+def test_again_is_the_same_and_repairs(quantized: Path) -> None:
+    compiled = compile_bundle(quantized, silent)
     assert compiled.data is not None
-    before, data = contents(quantised), quantised / compiled.data.path
+    before, data = contents(quantized), quantized / compiled.data.path
     (data.parent / "junk").write_text("of a compile that was killed")
     (data.parent / "tmpjunk").mkdir()
     data.write_bytes(b"cut")
-    again = compile_bundle(quantised, silent)
-    assert again.model_copy(update={"products": compiled.products}) == compiled, "but for the times"
-    after = contents(quantised)
+    again = compile_bundle(quantized, silent)
+    assert again.model_copy(update={"products": compiled.products}) == compiled, "except for the times"
+    after = contents(quantized)
     assert {k: v for k, v in after.items() if DESCRIPTION not in k} == {
         k: v for k, v in before.items() if DESCRIPTION not in k
     }
@@ -151,7 +151,7 @@ def test_another_result_takes_the_place_of_the_former(floats: Path) -> None:
 
 
 @pytest.mark.parametrize("former", [True, False])
-@pytest.mark.parametrize("moment", ["_optimise", "take_in", "_write_graph", "compare", "staged_file"])
+@pytest.mark.parametrize("moment", ["_optimize", "take_in", "_write_graph", "compare", "staged_file"])
 def test_interrupted_it_leaves_the_former_or_none(
     floats: Path, monkeypatch: pytest.MonkeyPatch, moment: str, former: bool
 ) -> None:
@@ -169,15 +169,15 @@ def test_interrupted_it_leaves_the_former_or_none(
     assert (floats / COMPILED).exists() is former
 
 
-def test_two_at_once(refused: Refused, quantised: Path) -> None:
-    folder = quantised / COMPILED / cpu_name()
+def test_two_at_once(refused: Refused, quantized: Path) -> None:
+    folder = quantized / COMPILED / cpu_name()
     folder.mkdir(parents=True)
     (folder / "junk").write_text("of a compile that was killed")
     with compiling._claimed(folder):
         assert list(folder.iterdir()) == []  # its space is free before more is asked for
-        (folder / "half").write_text("of the compile at work")
-        with refused("compile", f"another compile into {folder} is at work", "wait for it"):
-            compile_bundle(quantised, silent)
+        (folder / "half").write_text("of the running compile")
+        with refused("compile", f"another compile into {folder} is running", "wait for it"):
+            compile_bundle(quantized, silent)
         assert (folder / "half").exists()
 
 
@@ -196,7 +196,7 @@ def test_a_difference_is_refused(mock_bundle: Bundle, factor: float, words: str)
 
 
 def test_packed_weights_that_the_kernel_does_not_make_are_refused(
-    quantised: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A blob in the wrong place: ONNX Runtime packs again and compares."""
     take_in = compiling.take_in
@@ -211,8 +211,8 @@ def test_packed_weights_that_the_kernel_does_not_make_are_refused(
 
     monkeypatch.setattr(compiling, "take_in", shifted)
     with pytest.raises(CheckFailed, match="cannot run compiled prefill-4"):
-        compile_bundle(quantised, silent)
-    assert not (quantised / COMPILED).exists()
+        compile_bundle(quantized, silent)
+    assert not (quantized / COMPILED).exists()
 
 
 def test_not_a_bundle(refused: Refused, tmp_path: Path) -> None:
@@ -220,23 +220,23 @@ def test_not_a_bundle(refused: Refused, tmp_path: Path) -> None:
         compile_bundle(tmp_path, silent)
 
 
-def test_no_graph(refused: Refused, quantised: Path) -> None:
-    manifest = read(quantised).model_copy(update={"graphs": {}})
-    (quantised / MANIFEST).write_text(manifest.to_json())
-    with refused("compile", f"{quantised} has no graph", "stillgraph export bundle"):
-        compile_bundle(quantised, silent)
+def test_no_graph(refused: Refused, quantized: Path) -> None:
+    manifest = read(quantized).model_copy(update={"graphs": {}})
+    (quantized / MANIFEST).write_text(manifest.to_json())
+    with refused("compile", f"{quantized} has no graph", "stillgraph export bundle"):
+        compile_bundle(quantized, silent)
 
 
-def test_a_graph_that_is_none(refused: Refused, quantised: Path) -> None:
-    manifest, path = read(quantised), quantised / "decode-12.onnx"
+def test_a_graph_that_is_none(refused: Refused, quantized: Path) -> None:
+    manifest, path = read(quantized), quantized / "decode-12.onnx"
     path.write_bytes(b"not a graph")
     file = File(path=path.name, nbytes=11, sha256=sha256(path))
     entry = manifest.graphs["decode-12"].model_copy(update={"file": file})
     manifest = manifest.model_copy(update={"graphs": manifest.graphs | {"decode-12": entry}})
-    (quantised / MANIFEST).write_text(manifest.to_json())
-    with refused("compile", f"cannot optimise {path}", "stillgraph inspect"):
-        compile_bundle(quantised, silent)
-    assert not (quantised / COMPILED).exists()
+    (quantized / MANIFEST).write_text(manifest.to_json())
+    with refused("compile", f"cannot optimize {path}", "stillgraph inspect"):
+        compile_bundle(quantized, silent)
+    assert not (quantized / COMPILED).exists()
 
 
 class Usage(NamedTuple):
@@ -245,18 +245,18 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_no_space(refused: Refused, quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space(refused: Refused, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 1000))
     with refused("compile", "0.00 GB of disk space are free", "free space"):
-        compile_bundle(quantised, silent)
-    assert not (quantised / COMPILED).exists()
+        compile_bundle(quantized, silent)
+    assert not (quantized / COMPILED).exists()
 
 
-def test_the_disk_fills_up(refused: Refused, quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_fills_up(refused: Refused, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(PackedFile, "put", full)
     with refused("compile", f"{cpu_name()}: No space left on device", "free space"):
-        compile_bundle(quantised, silent)
-    assert not (quantised / COMPILED).exists()
+        compile_bundle(quantized, silent)
+    assert not (quantized / COMPILED).exists()

@@ -1,4 +1,5 @@
-"""The forms of a product: each computes the same, the faster one is compiled, and what is lacking is told."""
+"""The forms of a product: each computes the same, the faster one is compiled, and what is missing is
+reported."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from stillgraph import load, loading, session
 from stillgraph.compiled import Form, Products, ProductTime, find
 from stillgraph.exporter.compile import kernel_choice
 from stillgraph.exporter.compile.compile import compile_bundle
-from stillgraph.manifest import Manifest, Quantisation, read
+from stillgraph.manifest import Manifest, Quantization, read
 
 Bundle = Callable[..., Path]
 N, K = 24, 64
@@ -92,7 +93,7 @@ def test_the_faster_prefill_is_compiled_and_loaded(
 
 def without_int8(manifest: Manifest) -> Manifest:
     graphs = {name: e for name, e in manifest.graphs.items() if not e.shape.int8_activations}
-    return manifest.model_copy(update={"graphs": graphs, "quantisation": Quantisation(block_size=32)})
+    return manifest.model_copy(update={"graphs": graphs, "quantization": Quantization(block_size=32)})
 
 
 def test_what_would_be_faster_is_told_with_its_option(fast: Path) -> None:

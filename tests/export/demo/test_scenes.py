@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from stillgraph.exporter.demo.scenes import CELLS, COLOURS, CONTENTS, SHAPES, Scene, Thing, scenes
+from stillgraph.exporter.demo.scenes import CELLS, COLORS, CONTENTS, SHAPES, Scene, Thing, scenes
 
 SCENE = Scene((Thing(0, 0, "circle", "red"), Thing(1, 2, "circle", "blue"), Thing(2, 1, "square", "red")))
 
@@ -52,19 +52,19 @@ def test_nothing_ambiguous_is_asked() -> None:
 def test_cells_say_what_is_where() -> None:
     cells = SCENE.cells
     assert [index for index, content in enumerate(cells) if content] == [0, 5, 7]
-    assert max(cells) < CONTENTS == 1 + len(SHAPES) * len(COLOURS)
+    assert max(cells) < CONTENTS == 1 + len(SHAPES) * len(COLORS)
     assert len({cells[0], cells[5], cells[7]}) == 3
 
 
 @pytest.mark.parametrize("side", [64, 100])
 def test_shapes_are_drawn_in_their_cells(side: int) -> None:
-    """The pixel in the middle of a cell has the colour of what is there; the shape covers what it should."""
+    """The pixel in the middle of a cell has the color of what is there; the shape covers what it should."""
     image = np.asarray(SCENE.draw(random.Random(1), side)).astype(int)
     assert image.shape == (side, side, 3)
     cell = side / CELLS
     for thing in SCENE.things:
         middle = image[int((thing.row + 0.5) * cell), int((thing.column + 0.5) * cell)]
-        assert np.abs(middle - COLOURS[thing.colour]).max() <= 20
+        assert np.abs(middle - COLORS[thing.color]).max() <= 20
     assert image[int(0.5 * cell), int(2.5 * cell)].min() >= 225  # nothing at the top right
 
 

@@ -102,7 +102,7 @@ def test_the_proof_fails_where_pictures_look_back_alone(
     shapes = [prefill_shape(config, 16, CTX), decode_shape(config, CTX)]
     export(config, shapes, replace=False, say=quiet, vision=None)
     parity = validate(tmp_path / "own", depth="quick", say=quiet)
-    assert {case.text for case in parity.cases if not parity.holds(case)} == {"picture"}
+    assert {case.text for case in parity.cases if not parity.within_bound(case)} == {"picture"}
 
 
 def test_a_picture_has_to_fit_into_one_call(tiny_bundle: Bundle, refused: Any) -> None:
@@ -118,7 +118,7 @@ def test_weights_of_few_bits(tiny_bundle: Bundle, tmp_path: Path, target: str) -
     assert not any("vision_tower" in name and ".int4." in name for name in names)
     own = Path(shutil.copytree(bundle, tmp_path / "own"))
     parity = validate(own, depth="quick", say=quiet)
-    assert all(parity.holds(case) for case in parity.cases), parity.problem()
+    assert all(parity.within_bound(case) for case in parity.cases), parity.problem()
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def graph_of(*steps: tuple[str, list[str]]) -> dict[str, ir.Node]:
     return nodes
 
 
-def test_a_node_without_a_module_goes_where_its_neighbours_are() -> None:
+def test_a_node_without_a_module_goes_where_its_neighbors_are() -> None:
     nodes = graph_of(
         ("mask", ["x"]),
         ("table", ["x"]),

@@ -1,4 +1,4 @@
-"""Graphs with quantised weights against numpy with the same weights dequantised."""
+"""Graphs with quantized weights against numpy with the same weights dequantized."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from stillgraph.exporter.ir.fold_weights import Weight, take_out
 from stillgraph.exporter.ir.simplify import static_problem
 from stillgraph.exporter.quantize import layouts
 from stillgraph.exporter.quantize.lower import Plan, lower
-from stillgraph.exporter.quantize.rounding import Format, quantise
-from stillgraph.manifest import Precision, Quantisation, Target, Weights
+from stillgraph.exporter.quantize.rounding import Format, quantize
+from stillgraph.manifest import Precision, Quantization, Target, Weights
 
 pytestmark = pytest.mark.kernels
 V, N, K = 7, 5, 80  # entries, rows of weights, columns: odd, odd, and not a multiple of a block
@@ -77,7 +77,7 @@ class Case:
 
 
 def plan(target: Target, precision: Precision, *, fast: bool = False, **values: Any) -> Plan:
-    return Plan(target, precision, Quantisation(**{"block_size": 32, **values}), fast)
+    return Plan(target, precision, Quantization(**{"block_size": 32, **values}), fast)
 
 
 def lowered(case: Case, how: Plan, folder: Path) -> tuple[Path, Weights]:
@@ -89,12 +89,12 @@ def lowered(case: Case, how: Plan, folder: Path) -> tuple[Path, Weights]:
     return folder / "graph.onnx", stored
 
 
-def run(path: Path, ids: np.ndarray, optimised: bool = True) -> dict[str, np.ndarray]:
+def run(path: Path, ids: np.ndarray, optimized: bool = True) -> dict[str, np.ndarray]:
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-    options.optimized_model_filepath = str(path.with_suffix(".optimised"))
-    options.log_severity_level = 3  # that the optimised graph is for this CPU alone
-    if not optimised:
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    options.log_severity_level = 3  # that the optimized graph is for this CPU alone
+    if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -127,20 +127,20 @@ FORMS = [(bits, block, sym) for bits in ("int4", "int8") for block in (32, 64, 1
 @pytest.mark.parametrize(("precision", "block", "symmetric"), FORMS)
 @pytest.mark.parametrize("case", [Case(), Case(entries=6, columns=256, tokens=1)], ids=str)
 @pytest.mark.parametrize("target", ["onnxruntime", "portable"])
-def test_a_lowered_graph_computes_with_the_dequantised_weights(
+def test_a_lowered_graph_computes_with_the_dequantized_weights(
     target: Target, precision: Precision, block: int, symmetric: bool, case: Case, tmp_path: Path
 ) -> None:
     how = plan(target, precision, block_size=block, symmetric=symmetric)
     path, _ = lowered(case, how, tmp_path)
     embedding, matrix = (
-        quantise(case.matrix(name), how.form(precision)).dequantise().numpy()
+        quantize(case.matrix(name), how.form(precision)).dequantize().numpy()
         for name in ("embed.weight", "W")
     )
-    for optimised in (False, True):
-        got = run(path, case.ids(), optimised)
+    for optimized in (False, True):
+        got = run(path, case.ids(), optimized)
         rows = embedding[case.ids()]
         np.testing.assert_array_equal(got["rows"], rows)
-        in_fp32 = target == "portable" and not optimised
+        in_fp32 = target == "portable" and not optimized
         assert_product(got["y"], rows, matrix, None if in_fp32 else block)
         assert_product(got["logits"], rows, embedding, None if in_fp32 else block)
 
@@ -152,12 +152,12 @@ def test_onnxruntime_fuses_the_products_of_the_portable_graph(
     case = Case(entries=20)  # tiny weights of equal contents become one with two readers, and are not fused
     path, _ = lowered(case, plan("portable", precision, block_size=block, symmetric=symmetric), tmp_path)
     run(path, case.ids())
-    counts = ops(path.with_suffix(".optimised"))
+    counts = ops(path.with_suffix(".optimized"))
     assert (counts["MatMulNBits"], counts["MatMul"], counts["FusedMatMul"]) == (2, 0, 0)
     assert counts["DequantizeLinear"] == 1  # of the columns that were gathered
     level = [
         attribute.i
-        for node in onnx.load(path.with_suffix(".optimised"), load_external_data=False).graph.node
+        for node in onnx.load(path.with_suffix(".optimized"), load_external_data=False).graph.node
         for attribute in node.attribute
         if attribute.name == "accuracy_level"
     ]
@@ -194,11 +194,11 @@ def test_the_embedding_is_the_bytes_of_the_tied_head(
     assert sum(last.values()) == codes + scales + zeros
 
 
-def test_a_matrix_is_quantised_once_for_all_its_parts(
+def test_a_matrix_is_quantized_once_for_all_its_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(layouts, "quantise", lambda matrix, form: seen.append(form) or quantise(matrix, form))
+    monkeypatch.setattr(layouts, "quantize", lambda matrix, form: seen.append(form) or quantize(matrix, form))
     lowered(Case(), plan("onnxruntime", "int4", symmetric=False), tmp_path)
     assert seen == [Format(4, 32, symmetric=False)] * 2
 
@@ -241,7 +241,7 @@ def test_activations_are_rounded_by_half_a_127th_of_a_rows_largest(tmp_path: Pat
     case = Case(entries=64, tokens=64)
     path, _ = lowered(case, plan("onnxruntime", "int4", fast=True), tmp_path)
     got = run(path, case.ids())
-    weight = quantise(case.matrix("embed.weight"), Format.channel(K)).dequantise().numpy()
+    weight = quantize(case.matrix("embed.weight"), Format.channel(K)).dequantize().numpy()
     steps = np.abs(got["rows"]).max(-1, keepdims=True) / 127
     expected = np.sqrt((steps**2 / 12 * (weight**2).sum(-1)).mean())
     error = np.sqrt(((got["logits"] - got["rows"] @ weight.T) ** 2).mean())
@@ -264,7 +264,7 @@ def test_a_fast_graph_multiplies_int8_with_int8(precision: Precision, tmp_path: 
     assert ops(path)["QuantizeLinear"] == 1  # of one input, for both products
     assert stored.tensors["q+kk.weight.int8.channels"].shape == (K, N)
     for output, name in (("y", "W"), ("logits", "embed.weight")):
-        weight = quantise(case.matrix(name), Format.channel(K)).dequantise().numpy()
+        weight = quantize(case.matrix(name), Format.channel(K)).dequantize().numpy()
         assert_product(got[output], got["rows"], weight, K)
 
 

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from stillgraph.exporter.quantize.rounding import PAIR_SUM, PAIRED, Format, quantise
+from stillgraph.exporter.quantize.rounding import PAIR_SUM, PAIRED, Format, quantize
 from tests.cpus import products, sums
 from tests.cpus.products import Case
 
@@ -36,7 +36,7 @@ def test_the_sums_are_those_of_integers(form: str, tmp_path: Path) -> None:
 
 def test_every_form_and_size_is_there() -> None:
     assert Counter(form.split()[0] for form in FORMS) == {
-        "channel": 1, "blocked": 12, "dequantised": 12, "table": 12, "columns": 12,
+        "channel": 1, "blocked": 12, "dequantized": 12, "table": 12, "columns": 12,
     }  # fmt: skip
     for form, cases in OF_FORM.items():
         gather = form.split()[0] in products.GATHERS
@@ -45,13 +45,13 @@ def test_every_form_and_size_is_there() -> None:
         assert sizes == {(columns, other) for columns in products.COLUMNS for other in others}
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("dequantised")])
+@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("dequantized")])
 def test_the_portable_product_is_fused(form: str, tmp_path: Path) -> None:
     """Else its sums would be those of fp32 weights, whose kernels are no matter here."""
     for case in OF_FORM[form]:
         products.build(case, tmp_path / case.name)
-        sums.outputs(tmp_path / case.name, optimised=tmp_path / "optimised.onnx")
-        nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+        sums.outputs(tmp_path / case.name, optimized=tmp_path / "optimized.onnx")
+        nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
         assert [node.op_type for node in nodes] == ["MatMulNBits"]
         assert [a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"] == [4]
 
@@ -71,16 +71,16 @@ def test_pairs_at_the_limit_fit_into_16_bits(columns: int, tmp_path: Path) -> No
     rows = quads()
     levels = np.tile(rows, -(-columns // PAIRED))[:, :columns]
     case = Case("channel", Format.channel(columns), columns, entries=len(rows))
-    quantised = products.given(case, levels)
-    codes = quantised.codes.numpy().astype(int) - case.form.middle
+    quantized = products.given(case, levels)
+    codes = quantized.codes.numpy().astype(int) - case.form.middle
     np.testing.assert_array_equal(codes, levels)  # the rule has nothing to take from them
-    products.build(case, tmp_path, quantised)
+    products.build(case, tmp_path, quantized)
     assert sums.difference(tmp_path) is None
 
 
 @pytest.mark.parametrize("matrix", ["alike", "in turns", "one towers"])
-def test_channels_as_they_are_quantised(matrix: str, tmp_path: Path) -> None:
-    """Codes and scales of `quantise`, where nothing is given but weights that want the largest codes."""
+def test_channels_as_they_are_quantized(matrix: str, tmp_path: Path) -> None:
+    """Codes and scales of `quantize`, where nothing is given but weights that want the largest codes."""
     columns = 130
     values = torch.rand(products.ENTRIES, columns, generator=torch.Generator().manual_seed(0)) / 8 + 1
     if matrix == "in turns":
@@ -88,7 +88,7 @@ def test_channels_as_they_are_quantised(matrix: str, tmp_path: Path) -> None:
     if matrix == "one towers":
         values[:, ::PAIRED] *= 20
     case = Case("channel", Format.channel(columns), columns)
-    products.build(case, tmp_path, quantise(values, case.form))
+    products.build(case, tmp_path, quantize(values, case.form))
     x, weights, found = sums.outputs(tmp_path)
     # The sum is exact; scales of weights and of rows are rounded, and what is made of the two.
     error = np.abs(found - x @ weights.T)

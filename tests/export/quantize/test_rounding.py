@@ -8,7 +8,7 @@ import torch
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.quantize import rounding
-from stillgraph.exporter.quantize.rounding import Format, Quantised, quantise
+from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
 
 NORMAL = torch.randn(48, 640, generator=torch.Generator().manual_seed(0))
 FORMATS = [
@@ -44,7 +44,7 @@ RATIOS = {(4, True, False): 0.85, (4, True, True): 0.9, (4, False, True): 0.96}
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_search_beats_nearest(form: Format) -> None:
     exact = NORMAL.numpy()
-    searched = np.linalg.norm(quantise(NORMAL, form).dequantise().numpy() - exact)
+    searched = np.linalg.norm(quantize(NORMAL, form).dequantize().numpy() - exact)
     bound = RATIOS.get((form.bits, form.symmetric, form.positive), 0.985)
     assert searched / np.linalg.norm(nearest(exact, form) - exact) < bound
 
@@ -52,28 +52,28 @@ def test_the_search_beats_nearest(form: Format) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_blocks_on_one_side_of_zero_are_no_worse_than_nearest(sign: int) -> None:
     matrix, form = sign * (NORMAL.abs() + 3), Format(4, 32, symmetric=False)  # their zero point is no code
-    searched = np.linalg.norm(quantise(matrix, form).dequantise() - matrix)
+    searched = np.linalg.norm(quantize(matrix, form).dequantize() - matrix)
     assert searched < np.linalg.norm(nearest(matrix.numpy(), form) - matrix.numpy())
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("columns", [200, 256, 7])
-def test_dequantise_is_code_less_zero_times_scale(form: Format, columns: int) -> None:
+def test_dequantize_is_code_less_zero_times_scale(form: Format, columns: int) -> None:
     matrix = torch.randn(5, columns, generator=torch.Generator().manual_seed(1)) + 0.3
-    quantised = quantise(matrix, form)
+    quantized = quantize(matrix, form)
     blocks = -(-columns // form.block)
-    assert quantised.codes.shape == (5, blocks * form.block)
-    assert quantised.scales.shape == (5, blocks)
-    assert (quantised.zeros is None) == form.symmetric
-    assert int(quantised.codes.max()) < 2**form.bits
-    assert not form.positive or float(quantised.scales.min()) > 0
+    assert quantized.codes.shape == (5, blocks * form.block)
+    assert quantized.scales.shape == (5, blocks)
+    assert (quantized.zeros is None) == form.symmetric
+    assert int(quantized.codes.max()) < 2**form.bits
+    assert not form.positive or float(quantized.scales.min()) > 0
     expected = np.empty((5, columns), np.float32)
     for row, column in np.ndindex(5, columns):
         block = column // form.block
-        zero = form.middle if quantised.zeros is None else int(quantised.zeros[row, block])
-        level = np.float32(int(quantised.codes[row, column]) - zero)
-        expected[row, column] = level * quantised.scales[row, block].item()
-    np.testing.assert_array_equal(quantised.dequantise().numpy(), expected)
+        zero = form.middle if quantized.zeros is None else int(quantized.zeros[row, block])
+        level = np.float32(int(quantized.codes[row, column]) - zero)
+        expected[row, column] = level * quantized.scales[row, block].item()
+    np.testing.assert_array_equal(quantized.dequantize().numpy(), expected)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -87,7 +87,7 @@ def test_what_fits_exactly_is_stored_exactly(form: Format) -> None:
         levels += 2
     matrix = levels / 4
     # The fitted scale is a quotient of two sums, each rounded some times: a few units of 2**-23.
-    torch.testing.assert_close(quantise(matrix, form).dequantise(), matrix, rtol=1e-6, atol=0)
+    torch.testing.assert_close(quantize(matrix, form).dequantize(), matrix, rtol=1e-6, atol=0)
 
 
 def largest_pair(levels: np.ndarray) -> int:
@@ -104,7 +104,7 @@ def test_pairs_of_a_channel_fit_sixteen_bits(columns: int, spread: float) -> Non
     matrix = torch.randn(64, columns, generator=torch.Generator().manual_seed(4))
     matrix = matrix.sign() * matrix.abs() ** spread  # all alike, normal, and few that tower above the rest
     paired, free = (
-        quantise(matrix, form).codes.numpy().astype(int) - 128
+        quantize(matrix, form).codes.numpy().astype(int) - 128
         for form in (Format.channel(columns), Format(8, columns))
     )
     assert 255 * largest_pair(paired) < 2**15
@@ -115,7 +115,7 @@ def test_pairs_of_a_channel_fit_sixteen_bits(columns: int, spread: float) -> Non
 def test_pairs_cost_a_channel_less_than_a_bit() -> None:
     """For normal weights; half of the range would be twice the error."""
     paired, free = (
-        float((quantise(NORMAL, form).dequantise() - NORMAL).norm())
+        float((quantize(NORMAL, form).dequantize() - NORMAL).norm())
         for form in (Format.channel(640), Format(8, 640))
     )
     assert paired < 1.6 * free
@@ -123,20 +123,20 @@ def test_pairs_cost_a_channel_less_than_a_bit() -> None:
 
 def test_negative_scales_give_the_larger_side_its_extra_code() -> None:
     matrix = torch.tensor([[8.0, *range(-7, 8), *[0] * 16]])
-    signed, positive = (quantise(matrix, Format(4, 32, positive=positive)) for positive in (False, True))
+    signed, positive = (quantize(matrix, Format(4, 32, positive=positive)) for positive in (False, True))
     assert float(signed.scales) == -1
-    torch.testing.assert_close(signed.dequantise(), matrix, rtol=0, atol=0)
+    torch.testing.assert_close(signed.dequantize(), matrix, rtol=0, atol=0)
     assert float(positive.scales) > 0
-    assert float((positive.dequantise() - matrix).abs().max()) > 0
+    assert float((positive.dequantize() - matrix).abs().max()) > 0
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1e-38, -1e-44])
 def test_blocks_of_nothing_are_zeros_with_a_scale(form: Format, value: float) -> None:
     matrix = torch.cat([torch.full((3, 100), value), torch.ones(3, 100)], dim=1)
-    quantised = quantise(matrix, form)
-    np.testing.assert_array_equal(quantised.dequantise()[:, :32], np.zeros((3, 32)))
-    assert bool((quantised.scales != 0).all())  # 0 has no inverse, and some runtimes want one
+    quantized = quantize(matrix, form)
+    np.testing.assert_array_equal(quantized.dequantize()[:, :32], np.zeros((3, 32)))
+    assert bool((quantized.scales != 0).all())  # 0 has no inverse, and some runtimes want one
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -145,7 +145,7 @@ def test_what_is_not_finite_is_refused(value: float, symmetric: bool) -> None:
     matrix = NORMAL.clone()
     matrix[40, 600] = value
     with pytest.raises(StillgraphError, match="infinite or not a number"):
-        quantise(matrix, Format(4, 32, symmetric))
+        quantize(matrix, Format(4, 32, symmetric))
 
 
 @pytest.mark.parametrize("form", [Format(4, 32), Format(4, 128, symmetric=False), Format(8, 200)], ids=str)
@@ -153,13 +153,13 @@ def test_neither_chunks_nor_dtypes_nor_strides_change_a_number(
     form: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matrix = NORMAL[:, :200].bfloat16()
-    whole = quantise(matrix, form)
+    whole = quantize(matrix, form)
     monkeypatch.setattr(rounding, "CHUNK", 700)  # three rows, and one of them padded to another length
     for other in (matrix, matrix.float(), matrix.t().contiguous().t()):
-        same(quantise(other, form), whole)
+        same(quantize(other, form), whole)
 
 
-def same(first: Quantised, second: Quantised) -> None:
+def same(first: Quantized, second: Quantized) -> None:
     np.testing.assert_array_equal(first.codes, second.codes)
     np.testing.assert_array_equal(first.scales, second.scales)
     assert (first.zeros is None) == (second.zeros is None)

@@ -1,4 +1,4 @@
-"""Products of int8 behind each other: the scale of a row goes past the next quantisation, into its product.
+"""Products of int8 behind each other: the scale of a row goes past the next quantization, into its product.
 
 x [B, S, K] is an input; up = x @ U.T, gated = x * up, down = gated @ D.T, as in a gated MLP.
 """
@@ -18,21 +18,21 @@ from onnx import TensorProto, helper
 from stillgraph.exporter import weights
 from stillgraph.exporter.ir.fold_weights import Weight, take_out
 from stillgraph.exporter.quantize.lower import Plan, lower
-from stillgraph.exporter.quantize.rounding import Format, quantise
-from stillgraph.manifest import Quantisation
+from stillgraph.exporter.quantize.rounding import Format, quantize
+from stillgraph.manifest import Quantization
 
 pytestmark = pytest.mark.kernels
 K = 48
 NAMES = ("u.weight", "d.weight")
-FAST = Plan("onnxruntime", "int8", Quantisation(block_size=32), fast=True)
+FAST = Plan("onnxruntime", "int8", Quantization(block_size=32), fast=True)
 
 
 def tensor(name: str) -> torch.Tensor:
     return torch.randn(K, K, generator=torch.Generator().manual_seed(ord(name[0])))
 
 
-def quantised(name: str) -> np.ndarray:
-    return quantise(tensor(name), Format.channel(K)).dequantise().numpy()
+def quantized(name: str) -> np.ndarray:
+    return quantize(tensor(name), Format.channel(K)).dequantize().numpy()
 
 
 def graph(
@@ -70,19 +70,19 @@ def test_the_product_is_of_the_scaled_rows(
     x = np.random.default_rng(0).standard_normal((batch, tokens, K)).astype(np.float32)
     x *= 10.0 ** np.arange(batch * tokens).reshape(batch, tokens, 1)
     got = dict(zip(outputs, ort.InferenceSession(str(path)).run(list(outputs), {"x": x}), strict=True))
-    gated = x * (x @ quantised("u.weight").T)
-    for name, expected in (("down", gated @ quantised("d.weight").T), ("up", gated / x)):
+    gated = x * (x @ quantized("u.weight").T)
+    for name, expected in (("down", gated @ quantized("d.weight").T), ("up", gated / x)):
         if name in got:
             largest = np.abs(expected).max(-1, keepdims=True)
             assert (np.abs(got[name] - expected) / largest).max() < 0.05  # two roundings to 8 bits
 
 
-def test_what_is_quantised_next_is_not_scaled_before(tmp_path: Path) -> None:
+def test_what_is_quantized_next_is_not_scaled_before(tmp_path: Path) -> None:
     nodes = onnx.load(graph(1, 3, tmp_path, ("down",)), load_external_data=False).graph.node
     made = {name: node for node in nodes for name in node.output}
     products = [node for node in nodes if node.op_type == "MatMulIntegerToFloat"]
     assert len(products) == 2
-    quantise_node = made[products[1].input[0]]
-    gate = made[quantise_node.input[0]]
+    quantize_node = made[products[1].input[0]]
+    gate = made[quantize_node.input[0]]
     assert gate.op_type == "Mul"
     assert products[0].output[0] in gate.input

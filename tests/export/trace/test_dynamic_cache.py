@@ -178,7 +178,7 @@ def test_validation_holds_it_to_pytorch(own: Path) -> None:
     parity = validate(own, depth="default", say=lambda line: None)
     assert parity.passed, parity.problem()
     assert read(own).validation == parity.validation()
-    prompts = [case.prompt for case in parity.cases if case.text == "random" and not case.optimised]
+    prompts = [case.prompt for case in parity.cases if case.text == "random" and not case.optimized]
     assert prompts == [1, 2, 2, 4, 4, 5, 5, 6, 6, CTX - 1, CTX - 1]  # at once, and in two calls
     assert max(c.position for case in parity.cases for c in case.comparisons) == CTX - 1
 
@@ -192,7 +192,7 @@ def test_validation_sees_a_wrong_window(own: Path) -> None:
     windows[0].CopyFrom(onnx.numpy_helper.from_array(np.array(6, np.int64), windows[0].name))
     path.write_bytes(graph.SerializeToString())
     parity = validate(own, depth="quick", say=lambda line: None)
-    assert {case.prompt for case in parity.cases if not parity.holds(case)} == {4, 5, 6, CTX - 1}
+    assert {case.prompt for case in parity.cases if not parity.within_bound(case)} == {4, 5, 6, CTX - 1}
 
 
 def test_compile_refuses_it_in_one_sentence(refused: Refused, own: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from stillgraph.exporter.ir.simplify import static_problem
 from stillgraph.exporter.quantize.lower import Plan
 from stillgraph.exporter.validate.validate import validate
-from stillgraph.manifest import Quantisation, read
+from stillgraph.manifest import Quantization, read
 from stillgraph.spec import GraphShape
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -99,7 +99,7 @@ def test_a_decode_has_few_nodes_and_none_that_moves_data(
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_fast_prefill_quantises_each_input_once(tiny_bundle: Bundle, batch: int) -> None:
+def test_a_fast_prefill_quantizes_each_input_once(tiny_bundle: Bundle, batch: int) -> None:
     """Gate and up share theirs, and up is not scaled for a product whose codes do not depend on its scale."""
     bundle = tiny_bundle(precision="int8", fast_prefill=True, batch=batch, **ORT)
     graph, width = graphs_of(bundle)["prefill"], 80  # intermediate_size
@@ -115,9 +115,9 @@ def test_a_fast_prefill_quantises_each_input_once(tiny_bundle: Bundle, batch: in
 @pytest.mark.parametrize(
     ("keep", "slots", "apart"), [({}, 16, True), ({"mlp": "fp32"}, 16, False), ({}, 1, False)]
 )
-def test_gate_and_up_are_apart_where_they_are_quantised_for_both(keep: Any, slots: int, apart: bool) -> None:
+def test_gate_and_up_are_apart_where_they_are_quantized_for_both(keep: Any, slots: int, apart: bool) -> None:
     """What is kept in fp32 is stored once for both graphs, so it has to be the same matrix in both."""
-    how = Quantisation(block_size=32, keep=keep, fast_prefill=True)
+    how = Quantization(block_size=32, keep=keep, fast_prefill=True)
     prefill = GraphShape(role="prefill", slots=slots, ctx=40, slack=15, int8_activations=True)
     plain = prefill.model_copy(update={"int8_activations": False})
     decode = GraphShape(role="decode", slots=1, ctx=40, slack=15)

@@ -111,7 +111,7 @@ def lengths_of(prompt: int, rows: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CASES)
 def test_prompts_around_the_slots(tiny_bundle: Bundle, replay_of: Any, name: str) -> None:
-    replay = replay_of(tiny_bundle(**CASES[name]), optimised=True)
+    replay = replay_of(tiny_bundle(**CASES[name]), optimized=True)
     prompts = [1, 2, P - 1, P]
     if CASES[name].get("shapes") is not NO_CTX:
         prompts += [P + 1, 2 * P + 1, replay.ctx - 1, replay.ctx]  # the last chunk is padded past ctx
@@ -120,11 +120,11 @@ def test_prompts_around_the_slots(tiny_bundle: Bundle, replay_of: Any, name: str
 
 
 @pytest.mark.parametrize(
-    ("name", "optimised"),
+    ("name", "optimized"),
     [*((name, True) for name in CASES), (next(iter(CASES)), False), (next(iter(FUSED)), False)],
 )
-def test_decode_up_to_the_last_slot(tiny_bundle: Bundle, replay_of: Any, name: str, optimised: bool) -> None:
-    replay = replay_of(tiny_bundle(**CASES[name]), optimised)
+def test_decode_up_to_the_last_slot(tiny_bundle: Bundle, replay_of: Any, name: str, optimized: bool) -> None:
+    replay = replay_of(tiny_bundle(**CASES[name]), optimized)
     replay.prefill(lengths_of(1 + 5 * len(replay.rows) - 5, len(replay.rows)))
     assert replay.lengths.min() == 1
     while replay.lengths.max() < replay.ctx:
@@ -136,8 +136,8 @@ def test_decode_up_to_the_last_slot(tiny_bundle: Bundle, replay_of: Any, name: s
 
 
 @pytest.mark.parametrize("name", [next(iter(CASES)), next(iter(FUSED))])
-def test_prompt_in_chunks_without_optimisations(tiny_bundle: Bundle, replay_of: Any, name: str) -> None:
-    replay = replay_of(tiny_bundle(**CASES[name]), optimised=False)
+def test_prompt_in_chunks_without_optimizations(tiny_bundle: Bundle, replay_of: Any, name: str) -> None:
+    replay = replay_of(tiny_bundle(**CASES[name]), optimized=False)
     replay.prefill(np.array([2 * P + 1]))
 
 

@@ -61,8 +61,8 @@ def quiet(line: str) -> None: ...
 
 
 @pytest.mark.parametrize("name", TOWERS)
-@pytest.mark.parametrize("optimised", [False, True])
-def test_features(tiny_bundle: Bundle, original: Any, name: str, optimised: bool) -> None:
+@pytest.mark.parametrize("optimized", [False, True])
+def test_features(tiny_bundle: Bundle, original: Any, name: str, optimized: bool) -> None:
     bundle = tiny_bundle([("decode", 1, CTX)], **LLAVA, **TOWERS[name])
     manifest = read(bundle)
     vision = manifest.model.vision
@@ -72,7 +72,7 @@ def test_features(tiny_bundle: Bundle, original: Any, name: str, optimised: bool
         expected = (
             original(manifest.source.id).get_image_features(pixel_values=pixels).pooler_output[0].numpy()
         )
-    found = image.features(bundle, manifest, optimised)
+    found = image.features(bundle, manifest, optimized)
     assert found.shape == expected.shape == (vision.image_tokens, manifest.model.hidden_size)
     assert np.abs(found - expected).max() <= FP32 * np.abs(expected).max()
 
@@ -162,7 +162,7 @@ def test_validation_covers_pictures(own: Path) -> None:
     parity = validate(own, say=quiet)
     assert parity.passed
     seen = [case for case in parity.cases if case.text == "picture"]
-    assert {case.optimised for case in seen} == {False, True}
+    assert {case.optimized for case in seen} == {False, True}
     assert min(case.prompt for case in seen) == image.end(vision_of(own)) + 1
     assert parity.max_feature_error is not None
     assert 0 < parity.max_feature_error <= FP32
@@ -179,7 +179,7 @@ def test_validation_fails_for_a_picture_in_another_place(own: Path, monkeypatch:
     monkeypatch.setattr(image, "fill", lambda rows, first, features: fill(rows, first + 1, features))
     parity = validate(own, depth="quick", say=quiet)
     assert not parity.passed
-    broken = [case for case in parity.cases if not parity.holds(case)]
+    broken = [case for case in parity.cases if not parity.within_bound(case)]
     assert {case.text for case in broken} == {"picture"}
 
 
@@ -195,7 +195,7 @@ def test_weights_of_few_bits(tiny_bundle: Bundle, tmp_path: Path, target: str) -
     assert not any("vision_tower" in name and ".int4." in name for name in names)
     assert not any("position_embedding" in name and ".int" in name for name in names)
     parity = validate(bundle, depth="quick", say=quiet)
-    assert all(parity.holds(case) for case in parity.cases), parity.problem()
+    assert all(parity.within_bound(case) for case in parity.cases), parity.problem()
 
 
 @pytest.mark.parametrize(

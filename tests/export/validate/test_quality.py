@@ -1,4 +1,4 @@
-"""Quantised bundles: the graph's error and the weights' cost are told apart, each with its bound."""
+"""Quantized bundles: the graph's error and the weights' cost are told apart, each with its bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stillgraph.exporter.validate.metrics import diverge
-from stillgraph.exporter.validate.quality import BOUNDS, perplexity, summarise
+from stillgraph.exporter.validate.quality import BOUNDS, perplexity, summarize
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.manifest import read
 
@@ -23,24 +23,24 @@ def quietly(line: str) -> None:
 
 
 @pytest.fixture
-def quantised(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+def quantized(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     """A private copy: validation writes into it, and tests damage it."""
     return Path(shutil.copytree(tiny_bundle(target="onnxruntime", precision="int8"), tmp_path / "bundle"))
 
 
-def test_the_graph_is_exact_where_inputs_are_not_rounded(quantised: Path) -> None:
-    parity = validate(quantised, depth="default", say=quietly)
+def test_the_graph_is_exact_where_inputs_are_not_rounded(quantized: Path) -> None:
+    parity = validate(quantized, depth="default", say=quietly)
     assert parity.passed
-    off = [case.worst.relative_error for case in parity.cases if not case.optimised]
-    on = [case.worst.relative_error for case in parity.cases if case.optimised]
+    off = [case.worst.relative_error for case in parity.cases if not case.optimized]
+    on = [case.worst.relative_error for case in parity.cases if case.optimized]
     assert max(off) < 1e-5
-    assert {case.bound for case in parity.cases if not case.optimised} == {1e-5}
+    assert {case.bound for case in parity.cases if not case.optimized} == {1e-5}
     assert 1e-4 < max(on) < parity.bound
-    assert read(quantised).validation.quality == parity.quality
+    assert read(quantized).validation.quality == parity.quality
 
 
-def test_quality_is_against_the_checkpoint_and_not_against_the_same_weights(quantised: Path) -> None:
-    quality = validate(quantised, depth="quick", say=quietly).quality
+def test_quality_is_against_the_checkpoint_and_not_against_the_same_weights(quantized: Path) -> None:
+    quality = validate(quantized, depth="quick", say=quietly).quality
     assert quality is not None
     assert quality.text
     assert quality.positions == 25  # from the 16th token, the last of the prefill, to the 40th of ctx
@@ -48,17 +48,19 @@ def test_quality_is_against_the_checkpoint_and_not_against_the_same_weights(quan
     assert quality.perplexity != quality.original_perplexity
 
 
-def test_a_scale_that_is_not_the_weights_breaks_the_exact_bound(quantised: Path) -> None:
-    name, place = next((k, v) for k, v in read(quantised).weights.tensors.items() if k.endswith(".scales"))
-    with (quantised / "weights.data").open("r+b") as file:
+def test_a_scale_that_is_not_the_weights_breaks_the_exact_bound(quantized: Path) -> None:
+    name, place = next((k, v) for k, v in read(quantized).weights.tensors.items() if k.endswith(".scales"))
+    with (quantized / "weights.data").open("r+b") as file:
         file.seek(place.offset)
         scales = np.frombuffer(file.read(place.nbytes), np.float32) * np.float32(1.001)
         file.seek(place.offset)
         file.write(scales.tobytes())
-    parity = validate(quantised, depth="default", say=quietly)
+    parity = validate(quantized, depth="default", say=quietly)
     assert not parity.passed, name
     assert "relative error" in (parity.problem() or "")
-    assert all(parity.holds(case) for case in parity.cases if case.optimised), "too small to be seen there"
+    assert all(parity.within_bound(case) for case in parity.cases if case.optimized), (
+        "too small to be seen there"
+    )
 
 
 def test_a_prefill_with_weights_of_its_own_is_held_to_these(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -73,9 +75,9 @@ def test_a_prefill_with_weights_of_its_own_is_held_to_these(tiny_bundle: Bundle,
     assert steps[0] > 1 == steps[1], "the decode goes on from the prefill that has its weights"
 
 
-def test_weights_that_cost_too_much_fail(quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cost_too_much_fail(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BOUNDS, "int8", (1e-9, 1.02))
-    parity = validate(quantised, depth="quick", say=quietly)
+    parity = validate(quantized, depth="quick", say=quietly)
     assert not parity.passed
     assert "KL divergence" in (parity.problem() or "")
 
@@ -95,7 +97,7 @@ def test_perplexity_leaves_out_the_end_of_the_text() -> None:
 
 def test_a_summary_is_of_means() -> None:
     even, skew = np.log([0.5, 0.5]), np.log([0.25, 0.75])
-    quality = summarise("int8", [diverge(even, even, 0), diverge(even, skew, 0)], True, (0.5, 0.75))
+    quality = summarize("int8", [diverge(even, even, 0), diverge(even, skew, 0)], True, (0.5, 0.75))
     assert quality.kl == pytest.approx(diverge(even, skew, 0).kl / 2)
     assert quality.perplexity == pytest.approx(math.exp((math.log(2) + math.log(4)) / 2))
     assert (quality.recall, quality.original_recall) == (0.5, 0.75)

@@ -80,7 +80,7 @@ def test_a_right_bundle_passes_and_says_so(copied: Path) -> None:
     parity = validate(copied, depth="default", say=silent)
     assert parity.passed
     assert parity.top1_agreement == 1.0
-    assert {(case.text, case.optimised) for case in parity.cases} == {
+    assert {(case.text, case.optimized) for case in parity.cases} == {
         ("random", False), ("random", True), ("text", False), ("text", True),
     }  # fmt: skip
     assert max(c.position for case in parity.cases for c in case.comparisons) == 39
@@ -136,7 +136,7 @@ def test_a_window_off_by_one_fails(copied: Path, name: str) -> None:
     parity = validate(copied, depth="quick", say=silent)
     assert not parity.passed
     assert not read(copied).validation.passed
-    broken = {case.prompt for case in parity.cases if not parity.holds(case)}
+    broken = {case.prompt for case in parity.cases if not parity.within_bound(case)}
     assert 39 in broken
     assert 1 not in broken  # short prompts look fine: the edges are what finds it
 

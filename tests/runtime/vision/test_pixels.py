@@ -70,11 +70,11 @@ def noise(random: np.random.Generator, mode: str, size: tuple[int, int]) -> Imag
         kind = {"I": "<i4", "F": "<f4", "I;16": "<u2", "I;16B": ">u2"}[mode]
         values = pixels[..., 0] * 3.7 - (40 if mode in "IF" else 0)
         return Image.frombytes(mode, size, values.astype(kind).tobytes())
-    if mode == "transparent":  # a palette with an alpha for each colour
+    if mode == "transparent":  # a palette with an alpha for each color
         image = rgba.convert("RGB").quantize(16)
         image.info["transparency"] = bytes(range(0, 256, 16))
         return image
-    if mode == "keyed":  # one grey that stands for nothing
+    if mode == "keyed":  # one gray that stands for nothing
         image = rgba.convert("L")
         image.info["transparency"] = 0
         return image

@@ -81,7 +81,7 @@ def test_the_size_is_checked_before_anything_is_decoded(refused, monkeypatch) ->
 def test_a_path_without_a_file_is_refused(refused, tmp_path: Path) -> None:
     with refused("read image", "none.png", "does not exist"):
         open_image(tmp_path / "none.png")
-    with refused("read image", "is no file"):
+    with refused("read image", "is not a file"):
         open_image(tmp_path)
     with refused("read image", "does not exist"):
         open_image("https://example.org/cat.png")
@@ -95,7 +95,7 @@ def test_a_path_without_a_file_is_refused(refused, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_more_than_one_frame_is_refused(refused, kind: str) -> None:
-    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
     file = BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:])
     with refused("read image", "more than one frame"):
