@@ -45,9 +45,9 @@ def export(
 
     The options are those of `stillgraph export bundle`, and the prefill continues a cache of `ctx` slots.
     model: a hub id or a checkpoint folder; out: the bundle's folder, by default artifacts/<model>; max_len:
-    token slots of the prefill; block_size: 32, 64 or 128, by default 128 where weights have few bits; keep:
-    PATTERN=PRECISION, weights kept otherwise; validate: compare with PyTorch, which takes most memory;
-    progress: called with what is being done, in a few words.
+    tokens that the prefill takes at once; block_size: 32, 64 or 128, by default 128 where weights have few
+    bits; keep: PATTERN=PRECISION, weights kept otherwise; validate: compare with PyTorch, which takes most
+    memory; progress: called with what is being done, in a few words.
 
     Raises StillgraphError for wrong use and bad input, and for what is not installed; then the previous
     bundle is as it was. Raises CheckFailed, a StillgraphError, where a graph fails its checks, or where the

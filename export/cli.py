@@ -52,7 +52,7 @@ FastPrefill = Annotated[
 ]
 Batch = Annotated[int, typer.Option(help="Rows of every graph.")]
 Out = Annotated[Path | None, typer.Option(help="The bundle's folder.", show_default="artifacts/<model>")]
-MaxLen = Annotated[int, typer.Option(help="Token slots of the prefill.")]
+MaxLen = Annotated[int, typer.Option(help="Tokens that the prefill takes at once.")]
 Ctx = Annotated[int, typer.Option(help="Slots of the cache.")]
 ContinuedCtx = Annotated[
     int | None,

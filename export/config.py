@@ -96,7 +96,7 @@ def kept(option: str) -> tuple[str, Precision]:
 
 
 def prefill_shape(config: ExportConfig, max_len: int, ctx: int | None) -> GraphShape:
-    """A prefill of `max_len` slots; with `ctx` it continues a cache. Raises StillgraphError."""
+    """A prefill of `max_len` tokens; with `ctx` it continues a cache. Raises StillgraphError."""
     for name, value in (("--max-len", max_len), ("--ctx", ctx)):
         if value is not None and value < 1:
             raise StillgraphError(STAGE, f"{name} {value} is not a number of tokens", "use 1 or more")
@@ -105,12 +105,12 @@ def prefill_shape(config: ExportConfig, max_len: int, ctx: int | None) -> GraphS
             STAGE, f"--max-len {max_len} is over --ctx {ctx}", "lower --max-len or raise --ctx"
         )
     if config.target == "portable":
-        return GraphShape(role="prefill", batch=config.batch, slots=max_len, ctx=ctx)
+        return GraphShape(role="prefill", batch=config.batch, max_len=max_len, ctx=ctx)
     if ctx is None:
         problem = "a prefill for --target onnxruntime writes into the cache that the decode graph reads"
         raise StillgraphError(STAGE, problem, "give the --ctx of that cache")
     slack = max(SLACK, max_len - 1)
-    return GraphShape(role="prefill", batch=config.batch, slots=max_len, ctx=ctx, slack=slack)
+    return GraphShape(role="prefill", batch=config.batch, max_len=max_len, ctx=ctx, slack=slack)
 
 
 def decode_shape(config: ExportConfig, ctx: int) -> GraphShape:
@@ -118,7 +118,7 @@ def decode_shape(config: ExportConfig, ctx: int) -> GraphShape:
     if ctx < 2:
         raise StillgraphError(STAGE, f"--ctx {ctx} leaves no room for a next token", "use 2 or more")
     slack = None if config.target == "portable" else SLACK
-    return GraphShape(role="decode", batch=config.batch, slots=1, ctx=ctx, slack=slack)
+    return GraphShape(role="decode", batch=config.batch, max_len=1, ctx=ctx, slack=slack)
 
 
 def dynamic_shape(config: ExportConfig, ctx: int) -> GraphShape:
@@ -133,7 +133,7 @@ def dynamic_shape(config: ExportConfig, ctx: int) -> GraphShape:
         if (given := getattr(config, name)) != value:
             problem = f"--{name} {given} is not made as a dynamic graph"
             raise StillgraphError(STAGE, problem, f"leave --{name} at {value}, or export a static bundle")
-    return GraphShape(role="dynamic", slots=ctx, ctx=ctx)
+    return GraphShape(role="dynamic", max_len=ctx, ctx=ctx)
 
 
 def with_int8_prefill(config: ExportConfig, shapes: Sequence[GraphShape]) -> list[GraphShape]:
@@ -162,21 +162,21 @@ def with_pictures(
     found = list[GraphShape]()
     for shape in shapes:
         if shape.role == "prefill":
-            found.append(GraphShape(role="embed", batch=shape.batch, slots=shape.slots))
+            found.append(GraphShape(role="embed", batch=shape.batch, max_len=shape.max_len))
             shape = shape.model_copy(update={"embeds": True})
         if shape.grows:
             problem = f"a dynamic graph of a {spec.architecture} is not made"
             raise StillgraphError(STAGE, problem, "export a static bundle")
         tokens, whole = spec.vision.image_tokens, spec.vision.bidirectional and shape.role == "prefill"
-        if shape.limit <= tokens or (whole and shape.slots < tokens):
+        if shape.limit <= tokens or (whole and shape.max_len < tokens):
             option = f"--ctx {shape.limit}" if shape.ctx else f"--max-len {shape.limit} without --ctx"
             if shape.limit > tokens:
-                option = f"--max-len {shape.slots}"
+                option = f"--max-len {shape.max_len}"
             problem = f"{option} has no room for a picture of {tokens} tokens"
             raise StillgraphError(STAGE, problem, f"raise it to {tokens} or more")
         found.append(shape)
     if vision is not False:
-        found.append(GraphShape(role="vision", slots=spec.vision.image_tokens))
+        found.append(GraphShape(role="vision", max_len=spec.vision.image_tokens))
     return found
 
 

@@ -1,6 +1,6 @@
 """How a prompt is cut into calls of a prefill: full ones, and no picture in two where it has to come whole.
 
-A slot of a picture is below zero (`stillgraph.vision.features`). Shapes: P slots of a call.
+An input id of a picture is below zero (`stillgraph.vision.features`). Shapes: P tokens of a call.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 
-def begins_picture(slot: int, image_tokens: int) -> bool:
-    """Whether a slot is the first of a picture's `image_tokens`."""
-    return slot < 0 and (-1 - slot) % image_tokens == 0
+def begins_picture(input_id: int, image_tokens: int) -> bool:
+    """Whether an input id is the first of a picture's `image_tokens`."""
+    return input_id < 0 and (-1 - input_id) % image_tokens == 0
 
 
-def numbered(slots: Sequence[int], image_tokens: int) -> list[int]:
-    """Of each slot the number of its picture, from 1 on; 0 for text."""
+def numbered(input_ids: Sequence[int], image_tokens: int) -> list[int]:
+    """Of each input id the number of its picture, from 1 on; 0 for text."""
     found, number = list[int](), 0
-    for index, slot in enumerate(slots):
-        if begins_picture(slot, image_tokens) or (slot < 0 and index == 0):
+    for index, input_id in enumerate(input_ids):
+        if begins_picture(input_id, image_tokens) or (input_id < 0 and index == 0):
             number += 1
-        found.append(number if slot < 0 else 0)
+        found.append(number if input_id < 0 else 0)
     return found
 
 
-def units(slots: Sequence[int], image_tokens: int) -> list[int]:
+def units(input_ids: Sequence[int], image_tokens: int) -> list[int]:
     """Lengths of what must not be cut: a token of text, or a picture of at most `image_tokens`.
 
     With image_tokens of 1 everything may be cut everywhere.
     """
     found = list[int]()
-    for index, slot in enumerate(slots):
-        if slot >= 0 or index == 0 or begins_picture(slot, image_tokens):
+    for index, input_id in enumerate(input_ids):
+        if input_id >= 0 or index == 0 or begins_picture(input_id, image_tokens):
             found.append(1)
         else:
             found[-1] += 1
@@ -40,7 +40,7 @@ def units(slots: Sequence[int], image_tokens: int) -> list[int]:
 
 
 def calls(lengths: Sequence[int], size: int) -> int:
-    """How many calls of `size` slots units of these lengths take."""
+    """How many calls of `size` tokens units of these lengths take."""
     count = 0
     while lengths:
         lengths = lengths[fitting(lengths, size) :]
@@ -49,5 +49,5 @@ def calls(lengths: Sequence[int], size: int) -> int:
 
 
 def fitting(lengths: Sequence[int], size: int) -> int:
-    """How many units of these lengths, none of them longer, go into a call of `size` slots."""
+    """How many units of these lengths, none of them longer, go into a call of `size` tokens."""
     return bisect_right(list(accumulate(lengths)), size)

@@ -9,7 +9,7 @@ from stillgraph.chat_template import Message
 from stillgraph.engine import Engine, Step
 
 if TYPE_CHECKING:
-    from stillgraph.vision.image_file import Source
+    from stillgraph.vision.image_file import ImageSource
 
 
 class Conversation:
@@ -27,13 +27,13 @@ class Conversation:
     def clear(self) -> None:
         """Start over."""
         self.messages: list[Message] = []
-        self.images: list[Source] = []  # of all messages, and after them those shown for the next question
+        self.images: list[ImageSource] = []  # of all messages, then those shown for the next question
         self._shown = 0
         self._text = ""  # the chat as rendered for the last answer
         self._answer = ""
         self._ids: list[int] = []  # of `_text` and the answer
 
-    def show(self, image: Source) -> None:
+    def show(self, image: ImageSource) -> None:
         """Put a picture before the next question."""
         self.images.append(image)
         self._shown += 1

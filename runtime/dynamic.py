@@ -28,14 +28,14 @@ class Caller(Protocol):
 class GrowingGraph:
     """A dynamic graph and the keys and values so far; an engine drives it as it does a `GraphPair`.
 
-    `cached[0]` are the ids whose keys and values are held: there is one row. slots: tokens that one call may
-    take, which is all of ctx. There is no prefill to unload, so `one_at_a_time` has no meaning here.
+    `cached[0]` are the ids whose keys and values are held: there is one row. max_len: tokens that one call
+    may take, which is all of ctx. There is no prefill to unload, so `one_at_a_time` has no meaning here.
     """
 
     rows, continues = 1, True
 
     def __init__(self, entry: GraphEntry, load: Callable[[GraphEntry], Caller]) -> None:
-        self.ctx, self.slots = entry.shape.limit, entry.shape.slots
+        self.ctx, self.max_len = entry.shape.limit, entry.shape.max_len
         self.load_seconds = 0.0
         self._past_of = {alias.output: alias.input for alias in entry.aliases}
         self._outputs = [port.name for port in entry.outputs]

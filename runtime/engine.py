@@ -19,7 +19,7 @@ from stillgraph.tokenizer import Stops, Stream, Text
 from stillgraph.vision.features import Vision
 
 if TYPE_CHECKING:
-    from stillgraph.vision.image_file import Source
+    from stillgraph.vision.image_file import ImageSource
 
 FinishReason = Literal["stop", "length", "context"]
 Prompt = str | Sequence[int]
@@ -46,19 +46,19 @@ class Step:
 class Row:
     """One row's way through a request: its ids, its sampler, its text, and why it ended.
 
-    slots: the prompt as the graphs are given it, with its pictures in place of their image tokens.
+    input_ids: the prompt as the graphs are given it, with its pictures in place of their image tokens.
     """
 
     def __init__(
         self,
         prompt: list[int],
-        slots: list[int],
+        input_ids: list[int],
         sampler: Sampler,
         text: Stream | None,
         stops: Stops,
         limit: int,
     ) -> None:
-        self.prompt, self.slots, self.ids = prompt, slots, list(prompt)
+        self.prompt, self.input_ids, self.ids = prompt, input_ids, list(prompt)
         self._sampler, self._text, self._stops, self._limit = sampler, text, stops, limit
         self.finish_reason: FinishReason | None = None
 
@@ -113,7 +113,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        images: Sequence[Source] = (),
+        images: Sequence[ImageSource] = (),
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -137,7 +137,7 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         sampling: Sampling | None = None,
-        images: Sequence[Sequence[Source]] = (),
+        images: Sequence[Sequence[ImageSource]] = (),
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: Sequence[str] = (),
@@ -158,8 +158,8 @@ class Engine:
             sampler = Sampler(sampling or Sampling(), index)
             given = images[index] if images else ()
             ids = self.ids(prompt)
-            slots = self._placed(ids, given)
-            rows.append(Row(ids, slots, sampler, stream, Stops(stop), max_new_tokens))
+            input_ids = self._placed(ids, given)
+            rows.append(Row(ids, input_ids, sampler, stream, Stops(stop), max_new_tokens))
         self._request += 1
         return self._generate(rows, self._request, began - loading)
 
@@ -219,7 +219,7 @@ class Engine:
         token = self._tokenizer().tokenizer.id_to_token(self.vision.spec.image_token)
         return text if token is None else self.vision.expanded(text, token)
 
-    def _placed(self, ids: list[int], images: Sequence[Source]) -> list[int]:
+    def _placed(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
         """What the graphs are given for ids and the pictures among them. Raises StillgraphError."""
         if self.vision is not None:
             return self.vision.place(ids, images)
@@ -239,17 +239,17 @@ class Engine:
         if len(ids) > graphs.ctx:
             problem = f"the prompt has {len(ids)} tokens and the cache takes {graphs.ctx}"
             raise StillgraphError("read prompt", problem, "shorten it, or export with a larger --ctx")
-        if len(ids) > graphs.slots and not graphs.continues:
-            problem = f"the prompt has {len(ids)} tokens and the prefill graph takes {graphs.slots}"
-            again = f"stillgraph export prefill --max-len {graphs.slots} --ctx {graphs.ctx}"
+        if len(ids) > graphs.max_len and not graphs.continues:
+            problem = f"the prompt has {len(ids)} tokens and the prefill graph takes {graphs.max_len}"
+            again = f"stillgraph export prefill --max-len {graphs.max_len} --ctx {graphs.ctx}"
             remedy = f"shorten it, or add a prefill that continues a cache with '{again}'"
             raise StillgraphError("read prompt", problem, remedy)
 
     def _generate(self, rows: list[Row], request: int, origin: float) -> Iterator[tuple[int, Step]]:
         """origin: when the request began, on a clock that is stopped while graphs are loaded."""
         self._still_mine(request)
-        idle = [rows[0].slots] * (self.graphs.rows - len(rows))  # unused rows get a copy
-        prompts = [row.slots for row in rows] + idle
+        idle = [rows[0].input_ids] * (self.graphs.rows - len(rows))  # unused rows get a copy
+        prompts = [row.input_ids for row in rows] + idle
         if self.vision is not None:
             self.vision.see(prompts, self.graphs.release)
         logits = self.graphs.prefill(prompts)

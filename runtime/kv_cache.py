@@ -2,7 +2,7 @@
 
 Buffers are allocated once and bound once. Where a graph's outputs may not share its inputs' buffers there are
 two sets of them, and a call of that graph reads one and writes the other.
-Shapes: B rows, P prompt slots, C cache slots, V vocabulary.
+Shapes: B rows, P prompt tokens, C cache slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Graphs(Protocol):
 
     ctx: int
     rows: int
-    slots: int
+    max_len: int
     continues: bool
     load_seconds: float
     cached: list[list[int]]
@@ -121,7 +121,7 @@ class GraphPair:
         embedder: Embedder | None = None,
     ) -> None:
         self._layers = layers
-        self.ctx, self.rows, self.slots = decode.shape.limit, decode.shape.batch, prefill.shape.slots
+        self.ctx, self.rows, self.max_len = decode.shape.limit, decode.shape.batch, prefill.shape.max_len
         self.continues = prefill.shape.ctx is not None
         self.one_at_a_time = one_at_a_time
         self.load_seconds = 0.0
@@ -132,7 +132,7 @@ class GraphPair:
         self._decode = BoundGraph(decode, load, shared)
         self._prefill = BoundGraph(prefill, load, shared if self.continues else present, embedder)
         whole = embedder is not None and "token_type_ids" in self._prefill.inputs
-        self._together = embedder.image_tokens if embedder and whole else 1  # slots that one call must take
+        self._together = embedder.image_tokens if embedder and whole else 1  # tokens that one call must take
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]
         if one_at_a_time:
             if embedder is None:  # else a picture may come first
@@ -195,7 +195,7 @@ class GraphPair:
         done = [self._reusable(row, prompt) for row, prompt in enumerate(prompts)]
         while True:
             todo = [self._units(prompt[count:]) for prompt, count in zip(prompts, done, strict=True)]
-            chunks = max(calls(lengths, self.slots) for lengths in todo)
+            chunks = max(calls(lengths, self.max_len) for lengths in todo)
             # Each call feeds each row: one with too little left for that can only wait at its first slot.
             short = [row for row, lengths in enumerate(todo) if len(lengths) < chunks and done[row]]
             if not short:
@@ -210,7 +210,7 @@ class GraphPair:
             cached = self.cached[row]
             start, todo = len(cached), self._units(prompt[len(cached) :])
             waits = len(todo) < left  # only from the first slot, which is then written again
-            taken = min(fitting(todo, self.slots), len(todo) - left + 1)
+            taken = min(fitting(todo, self.max_len), len(todo) - left + 1)
             piece = prompt[start : start + (1 if waits else sum(todo[:taken]))]
             pieces.append(piece)
             inputs["prompt_length"][row] = len(piece)
@@ -221,8 +221,8 @@ class GraphPair:
         self._prefill.give(pieces)
         self._prefill.run()
 
-    def _units(self, slots: Sequence[int]) -> list[int]:
-        return units(slots, self._together)
+    def _units(self, input_ids: Sequence[int]) -> list[int]:
+        return units(input_ids, self._together)
 
     def _copy_to_decode(self) -> None:
         """The filled slots of a prefill with buffers of its own, into the buffers the decode reads next."""

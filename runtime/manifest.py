@@ -80,7 +80,7 @@ class GraphEntry(Frozen):
     aliases: tuple[Alias, ...]
 
 
-class Source(Frozen):
+class CheckpointSource(Frozen):
     """Where the weights came from: the model as the user named it, and a hash of the checkpoint's files."""
 
     id: str
@@ -161,7 +161,7 @@ class Manifest(Frozen):
     """`manifest.json`. Unknown keys are errors; another format version is refused."""
 
     format_version: Literal[3] = FORMAT_VERSION
-    source: Source
+    source: CheckpointSource
     model: ModelSpec
     target: Target
     precision: Precision

@@ -1,6 +1,6 @@
 """The shape of a frozen model: the one source of tensor names, shapes and byte counts.
 
-Shapes: B batch, P prompt slots (`max_len`), C cache slots, KV key/value heads, D head size, V vocabulary; N
+Shapes: B batch, P prompt tokens (`max_len`), C cache slots, KV key/value heads, D head size, V vocabulary; N
 images, T features of one, H height, W width.
 A graph of role `dynamic` has lengths in their place, which have names.
 """
@@ -46,9 +46,9 @@ class LayerSpec(Frozen):
 
 
 class VisionSpec(Frozen):
-    """What a decoder is given of a picture: `image_tokens` features, each in a slot of the prompt.
+    """What a decoder is given of a picture: `image_tokens` features, each in place of a prompt's token.
 
-    image_token: the id that stands in those slots; bidirectional: whether a picture's slots see each other
+    image_token: the id of those tokens; bidirectional: whether a picture's tokens see each other
     in both directions, so that it comes whole in one call of the prefill; mark: what stands for a picture in
     a prompt's text, and `before`, `after` what the text has around its image tokens instead.
     """
@@ -106,22 +106,22 @@ class Port(Frozen):
 
 
 class GraphShape(Frozen):
-    """What fixes a graph's shape: its role, rows, token slots and cache slots.
+    """What fixes a graph's shape: its role, rows, tokens per call and cache slots.
 
-    slots: tokens per call, P for a prefill and 1 for a decode. ctx: tokens that the cache can hold; None for
-    a prefill that starts from nothing. A dynamic graph, whose keys and values grow with the text, takes any
-    number of tokens: its slots and ctx only say where a runtime stops. slack: None where every layer has ctx
-    slots (the portable target). In the onnxruntime target, slots over what a layer must keep: full layers
-    have ctx + slack, so that a padded chunk always fits behind the last token, and sliding layers window +
-    slack, so that old tokens are moved out once in slack + 1 tokens and not at each one. embeds: whether a
-    prefill takes embeddings, which an embed graph makes of ids. A vision graph has a slot for each feature of
-    a picture, and one picture a row. int8_activations: whether the products of a prefill round each token's
-    activations to int8, with one scale a token.
+    max_len: the most tokens of a call, P for a prefill and 1 for a decode. ctx: tokens that the cache can
+    hold; None for a prefill that starts from nothing. A dynamic graph, whose keys and values grow with the
+    text, takes any number of tokens: its max_len and ctx only say where a runtime stops. slack: None where
+    every layer has ctx slots (the portable target). In the onnxruntime target, slots over what a layer must
+    keep: full layers have ctx + slack, so that a padded chunk always fits behind the last token, and sliding
+    layers window + slack, so that old tokens are moved out once in slack + 1 tokens and not at each one.
+    embeds: whether a prefill takes embeddings, which an embed graph makes of ids. The max_len of a vision
+    graph is the number of features of a picture; it has one picture a row. int8_activations: whether the
+    products of a prefill round each token's activations to int8, with one scale a token.
     """
 
     role: Role
     batch: PositiveInt = 1
-    slots: PositiveInt
+    max_len: PositiveInt
     ctx: PositiveInt | None = None
     slack: NonNegativeInt | None = None
     embeds: bool = False
@@ -129,17 +129,17 @@ class GraphShape(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> GraphShape:
-        if self.role == "decode" and (self.slots != 1 or self.ctx is None):
-            raise ValueError("a decode graph has one token slot and a ctx")
-        if self.grows and (self.batch, self.slots, self.slack) != (1, self.ctx, None):
-            raise ValueError("a dynamic graph has one row, as many token slots as ctx, and no slack")
+        if self.role == "decode" and (self.max_len != 1 or self.ctx is None):
+            raise ValueError("a decode graph takes one token and has a ctx")
+        if self.grows and (self.batch, self.max_len, self.slack) != (1, self.ctx, None):
+            raise ValueError("a dynamic graph has one row, a max_len of ctx, and no slack")
         if self.embeds and self.role != "prefill":
             raise ValueError(f"a {self.role} graph that takes embeddings")
         if self.int8_activations and self.role != "prefill":
             raise ValueError(f"a {self.role} graph of int8 activations")
         if not self.caches and (self.ctx, self.slack) != (None, None):
             raise ValueError(f"a {self.role} graph has no cache")
-        if self.slack is not None and (self.ctx is None or self.slack < self.slots - 1):
+        if self.slack is not None and (self.ctx is None or self.slack < self.max_len - 1):
             raise ValueError("a graph with slack has a ctx, and slack for a padded chunk")
         return self
 
@@ -149,7 +149,7 @@ class GraphShape(Frozen):
         if self.role in ("dynamic", "vision"):
             return self.role
         products = "-int8" if self.int8_activations else ""
-        return f"{self.role}-{self.ctx if self.role == 'decode' else self.slots}{products}"
+        return f"{self.role}-{self.ctx if self.role == 'decode' else self.max_len}{products}"
 
     @property
     def grows(self) -> bool:
@@ -164,7 +164,7 @@ class GraphShape(Frozen):
     @property
     def limit(self) -> int:
         """Tokens that the keys and values can hold: ctx, or P where there is no cache to continue."""
-        return self.ctx or self.slots
+        return self.ctx or self.max_len
 
     def capacity(self, layer: LayerSpec) -> int:
         """Slots of a layer's key and value buffers."""
@@ -203,7 +203,7 @@ def cache_shape(spec: ModelSpec, shape: GraphShape, layer: int) -> tuple[int, in
 
 
 def marks_pictures(spec: ModelSpec, shape: GraphShape) -> bool:
-    """Whether a graph is told which slots are of a picture, because they see each other."""
+    """Whether a graph is told which tokens are of a picture, because they see each other."""
     return shape.embeds and spec.vision is not None and spec.vision.bidirectional
 
 
@@ -216,15 +216,15 @@ def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
         return (ids, *_cache_ports(spec, shape, past_names, "before the call", PAST))
     rows = (shape.batch,)
     meaning = "token ids" if shape.role == "decode" else "token ids, right-padded"
-    ports = [Port(name="input_ids", dtype="int64", shape=(shape.batch, shape.slots), meaning=meaning)]
+    ports = [Port(name="input_ids", dtype="int64", shape=(shape.batch, shape.max_len), meaning=meaning)]
     if shape.embeds:
         ports = [_embeddings(spec, shape)]
     if shape.role == "prefill":
         meaning = "valid tokens of this call, at least 1"
         ports.append(Port(name="prompt_length", dtype="int64", shape=rows, meaning=meaning))
     if marks_pictures(spec, shape):
-        meaning = "k for slots of the k-th image of the call, which see each other; 0 for text"
-        sizes = shape.batch, shape.slots
+        meaning = "k for tokens of the k-th image of the call, which see each other; 0 for text"
+        sizes = shape.batch, shape.max_len
         ports.append(Port(name="token_type_ids", dtype="int64", shape=sizes, meaning=meaning))
     if shape.ctx is not None:
         ports.append(
@@ -241,8 +241,8 @@ def output_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     if shape.role == "embed":
         return (_embeddings(spec, shape),)
     if shape.role == "vision":
-        sizes = shape.batch, shape.slots, spec.hidden_size
-        features = "what an image's slots of a prompt hold in place of embeddings"
+        sizes = shape.batch, shape.max_len, spec.hidden_size
+        features = "what a prompt has for an image's tokens in place of embeddings"
         return (Port(name="image_features", dtype="float32", shape=sizes, meaning=features),)
     meaning = "next-token logits after the last valid token of each row"
     logits = Port(name="logits", dtype="float32", shape=(shape.batch, 1, spec.vocab_size), meaning=meaning)
@@ -257,8 +257,8 @@ def _pixels(spec: ModelSpec, shape: GraphShape) -> Port:
 
 
 def _embeddings(spec: ModelSpec, shape: GraphShape) -> Port:
-    sizes = shape.batch, shape.slots, spec.hidden_size
-    meaning = "embeddings of tokens, or features of images in their slots; right-padded"
+    sizes = shape.batch, shape.max_len, spec.hidden_size
+    meaning = "embeddings of tokens, or features of images in their place; right-padded"
     return Port(name="inputs_embeds", dtype="float32", shape=sizes, meaning=meaning)
 
 

@@ -130,7 +130,7 @@ FAMILIES = {
     "llama": LLAMA,
     "qwen2": QWEN2,
 }
-Shapes = list[tuple[str, int, int | None]]  # (role, slots, ctx) of each graph
+Shapes = list[tuple[str, int, int | None]]  # (role, max_len, ctx) of each graph
 PAIR: Shapes = [("prefill", 16, 40), ("decode", 1, 40)]
 
 CheckpointFactory = Callable[..., Path]
@@ -188,8 +188,8 @@ def tiny_bundle(
         if key not in made:
             out = tmp_path_factory.mktemp("bundle") / "tiny"
             graphs = [
-                GraphShape(role=role, batch=batch, slots=slots, ctx=ctx, slack=extra)
-                for role, slots, ctx in shapes
+                GraphShape(role=role, batch=batch, max_len=max_len, ctx=ctx, slack=extra)
+                for role, max_len, ctx in shapes
             ]
             values = {"model": str(checkpoint), "target": target, "precision": precision}
             export(

@@ -18,7 +18,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from stillgraph.engine import Engine
 from stillgraph.kv_cache import GraphPair
-from stillgraph.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights, WeightTensor
+from stillgraph.manifest import (
+    Alias,
+    CheckpointSource,
+    File,
+    GraphEntry,
+    Manifest,
+    Tokens,
+    Weights,
+    WeightTensor,
+)
 from stillgraph.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
@@ -128,7 +137,7 @@ def manifest(graphs: dict[str, GraphEntry], vocab: int, stop: Sequence[int] = ()
         tensors={"w": WeightTensor(offset=0, nbytes=4, dtype="float32", shape=(1,))},
     )
     values = {
-        "source": Source(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
+        "source": CheckpointSource(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
         "model": spec(vocab),
         "target": "portable",
         "precision": "fp32",
@@ -152,7 +161,7 @@ def engine_of(tmp_path: Path) -> Callable[..., tuple[Engine, Mock]]:
     """An engine over the mock model and what it recorded."""
 
     def make(
-        slots: int = 4,
+        max_len: int = 4,
         ctx: int = 16,
         batch: int = 1,
         continues: bool = True,
@@ -163,9 +172,9 @@ def engine_of(tmp_path: Path) -> Callable[..., tuple[Engine, Mock]]:
         text: Any = None,
     ) -> tuple[Engine, Mock]:
         mock = Mock(vocab)
-        shape = GraphShape(role="prefill", batch=batch, slots=slots, ctx=ctx if continues else None)
+        shape = GraphShape(role="prefill", batch=batch, max_len=max_len, ctx=ctx if continues else None)
         prefill = entry(shape, vocab, in_place)
-        decode = entry(GraphShape(role="decode", batch=batch, slots=1, ctx=ctx), vocab, in_place)
+        decode = entry(GraphShape(role="decode", batch=batch, max_len=1, ctx=ctx), vocab, in_place)
         pair = GraphPair(prefill, decode, spec(vocab).layers, mock.load, one_at_a_time)
         graphs = {graph.shape.name: graph for graph in (prefill, decode)}
         return Engine(manifest(graphs, vocab, stop), pair, text, tmp_path), mock
@@ -190,7 +199,7 @@ def bundle_of(tmp_path: Path) -> Callable[..., Path]:
     """A bundle of the mock model as ONNX graphs, with a tokenizer of bytes."""
 
     def make(
-        slots: int = 8,
+        max_len: int = 8,
         ctx: int = 64,
         batch: int = 1,
         continues: bool = True,
@@ -206,8 +215,10 @@ def bundle_of(tmp_path: Path) -> Callable[..., Path]:
         (bundle / "tokenizer_config.json").write_text(json.dumps(config))
         (bundle / "chat_template.jinja").write_text(CHAT)
         shapes = {
-            "prefill": GraphShape(role="prefill", batch=batch, slots=slots, ctx=ctx if continues else None),
-            "decode": GraphShape(role="decode", batch=batch, slots=1, ctx=decode_ctx or ctx),
+            "prefill": GraphShape(
+                role="prefill", batch=batch, max_len=max_len, ctx=ctx if continues else None
+            ),
+            "decode": GraphShape(role="decode", batch=batch, max_len=1, ctx=decode_ctx or ctx),
         }
         graphs = {}
         for role in roles:
@@ -226,13 +237,13 @@ def onnx_mock(shape: GraphShape, vocab: int, ballast_mb: int = 0) -> bytes:
     """The mock model as an ONNX graph of a shape, with a matrix of `ballast_mb` that changes nothing."""
     from onnx import TensorProto, helper, numpy_helper
 
-    rows, slots, capacity = shape.batch, shape.slots, shape.limit
+    rows, max_len, capacity = shape.batch, shape.max_len, shape.limit
     kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
     constants = {
         "slot": np.arange(capacity, dtype=np.int64)[None],
         "weight": np.arange(1, capacity + 1, dtype=np.float32)[None],
         "zero": np.array(0, np.int64),
-        "last": np.array(slots - 1, np.int64),
+        "last": np.array(max_len - 1, np.int64),
         "ones": np.ones((rows,), np.int64),
         "none": np.zeros((rows,), np.int64),
         "two": np.array(2, np.float32),

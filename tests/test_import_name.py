@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import stillgraph
-from stillgraph.exporter.bench.contender import Source
+from stillgraph.exporter.bench.contender import ContenderSource
 from stillgraph.exporter.bench.variants import form
 from stillgraph.manifest import read
 
@@ -64,7 +64,7 @@ def test_python_m_among_folders_of_these_names(elsewhere, flags) -> None:
 def test_a_child_of_the_bench_among_folders_of_these_names(tiny_checkpoint, elsewhere) -> None:
     """Not even a stillgraph.py of someone else's is in its way."""
     (elsewhere / "stillgraph.py").write_text("raise SystemExit('the wrong stillgraph')")
-    source = Source(str(tiny_checkpoint()), "", elsewhere, elsewhere / "models", ctx=16, max_len=8)
+    source = ContenderSource(str(tiny_checkpoint()), "", elsewhere, elsewhere / "models", ctx=16, max_len=8)
     contender = form("portable", source)
     assert contender is not None
     (making,) = contender.prepare

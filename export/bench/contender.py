@@ -1,7 +1,7 @@
 """Who takes part in a benchmark: a name, how its model is made, how its process is started.
 
 Other packages add contenders by an entry point of the group `stillgraph.contenders`: a function
-`find(source: Source) -> list[Contender]`.
+`find(source: ContenderSource) -> list[Contender]`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ GROUP = "stillgraph.contenders"
 
 
 @dataclass(frozen=True)
-class Source:
+class ContenderSource:
     """What contenders are made from.
 
     checkpoint: as the user named it, a folder or a hub id; checkpoint_sha256: what it must hash to. work: a
-    folder to keep environments in; models: the part of it for this checkpoint's models. ctx: cache
-    slots; max_len: token slots of a prefill.
+    folder to keep environments in; models: the part of it for this checkpoint's models. ctx: cache slots;
+    max_len: tokens of a prefill's call.
     """
 
     checkpoint: str
@@ -62,7 +62,7 @@ class Contender:
     sees: bool = False
 
 
-def others(source: Source) -> list[Contender]:
+def others(source: ContenderSource) -> list[Contender]:
     """The contenders that other packages add."""
     found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
     return [contender for entry in found for contender in entry.load()(source)]

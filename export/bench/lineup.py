@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.bench.contender import Contender, Source, others
+from stillgraph.exporter.bench.contender import Contender, ContenderSource, others
 from stillgraph.exporter.bench.variants import as_contender, base_name, form, subject
 from stillgraph.manifest import MANIFEST, Manifest, read
 
@@ -40,15 +40,15 @@ class Subject:
     def ctx(self) -> int:
         return ctx_of(self.manifest)
 
-    def source(self, work: Path, model: str | None, ctx: int) -> Source:
+    def source(self, work: Path, model: str | None, ctx: int) -> ContenderSource:
         """What to make the others from: `model`, or the checkpoint as it was named at the export."""
         source = self.manifest.source
         models = work / source.checkpoint_sha256[:12]
         name = model or source.id
         name = str(Path(name).resolve()) if Path(name).is_dir() else name
         prefill = self.manifest.graph("prefill")
-        slots = {"max_len": prefill.shape.slots} if prefill else {}
-        return Source(name, source.checkpoint_sha256, work.resolve(), models.resolve(), ctx, **slots)
+        sizes = {"max_len": prefill.shape.max_len} if prefill else {}
+        return ContenderSource(name, source.checkpoint_sha256, work.resolve(), models.resolve(), ctx, **sizes)
 
 
 def open_subject(bundle: Path) -> Subject:
@@ -61,7 +61,7 @@ def open_subject(bundle: Path) -> Subject:
     return Subject(bundle, manifest)
 
 
-def lineup(found: Subject, source: Source, against: Sequence[str]) -> list[Contender]:
+def lineup(found: Subject, source: ContenderSource, against: Sequence[str]) -> list[Contender]:
     """The contenders at `source.ctx`, the bundle first, each once. Raises StillgraphError."""
     chosen = [_subject_at(found, source)]
     words = [name for word in against for name in (ALL if word == "all" else (word,))]
@@ -82,7 +82,7 @@ def lineup(found: Subject, source: Source, against: Sequence[str]) -> list[Conte
     return chosen
 
 
-def _subject_at(found: Subject, source: Source) -> Contender:
+def _subject_at(found: Subject, source: ContenderSource) -> Contender:
     if source.ctx == found.ctx:
         return subject(found.bundle.resolve(), found.manifest)
     name = base_name(found.manifest)

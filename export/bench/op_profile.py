@@ -81,7 +81,7 @@ def _run(bundle: Path, ids: Sequence[int], new_tokens: int, threads: int, folder
             logits = graphs.prefill([prompt] * graphs.rows)
         for _ in range(decodes):
             logits = graphs.decode(logits.argmax(axis=1).tolist())
-    chunks = -(-len(prompt) // graphs.slots)
+    chunks = -(-len(prompt) // graphs.max_len)
     del engine, graphs, logits
     gc.collect()  # a session writes the end of its trace when it goes
     return PREFILLS * chunks, steps

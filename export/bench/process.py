@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stillgraph.exporter.bench.contender import Contender
-from stillgraph.exporter.bench.report import Memory, Run
+from stillgraph.exporter.bench.report import MemoryTrace, Run
 from stillgraph.exporter.bench.worker import KIB, Request, busy_seconds
 
 HARNESS = Path(__file__).with_name("worker.py")
@@ -30,7 +30,7 @@ class TurnFailed(Exception):
 class Turn:
     """What one process reported: its run, facts about it, and the memory seen from outside."""
 
-    def __init__(self, row: dict[str, Any], turn: int, memory: Memory | None) -> None:
+    def __init__(self, row: dict[str, Any], turn: int, memory: MemoryTrace | None) -> None:
         self.facts, self.memory = row.pop("facts"), memory
         del row["marks"]
         self.run = Run(turn=turn, **row)
@@ -83,7 +83,7 @@ def run_once(contender: Contender, request: Request, turn: int, sample: bool = F
     if not sample:
         return Turn(row, turn, None)
     marks = tuple((1e3 * (at - began), what) for at, what in row["marks"])
-    return Turn(row, turn, Memory(samples=tuple(samples), marks=marks) if samples else None)
+    return Turn(row, turn, MemoryTrace(samples=tuple(samples), marks=marks) if samples else None)
 
 
 def watch(process: subprocess.Popen[Any], began: float, sample: bool) -> list[tuple[float, float]]:

@@ -62,7 +62,7 @@ class Run(Frozen):
         return 1e3 * len(self.tokens) / (self.ttft_ms + self.swap_ms + sum(self.step_ms))
 
 
-class Memory(Frozen):
+class MemoryTrace(Frozen):
     """PSS of one uncounted run, sampled from outside: what holds memory, and when.
 
     samples: (ms since the process began, MB). marks: (ms, what begins there): load, first request, prefill,
@@ -90,7 +90,7 @@ class Result(Frozen):
     cache_mb: float | None = None
     read_mb: float | None = None
     runs: tuple[Run, ...] = ()
-    memory: Memory | None = None
+    memory: MemoryTrace | None = None
     note: str | None = None
 
     def values(self, measure: Callable[[Run], float | None]) -> list[float]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from stillgraph.exporter.bench.measures import at_first_setting
-from stillgraph.exporter.bench.report import Memory, Report
+from stillgraph.exporter.bench.report import MemoryTrace, Report
 from stillgraph.exporter.bench.style import INK, Drawn, colors, grid, legend, line, new
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def memory_over_time(report: Report) -> Drawn:
     )
 
 
-def _memory_panel(axes: Axes, memory: Memory, color: str) -> None:
+def _memory_panel(axes: Axes, memory: MemoryTrace, color: str) -> None:
     end = memory.samples[-1][0]
     marks = [*memory.marks, (end, "")]
     for (start, name), (stop, _) in pairwise(marks):

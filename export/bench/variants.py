@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stillgraph.compiled import find
-from stillgraph.exporter.bench.contender import Contender, Making, Source
+from stillgraph.exporter.bench.contender import Contender, ContenderSource, Making
 from stillgraph.manifest import MANIFEST, Manifest
 
 NAME = re.compile(
@@ -25,7 +25,7 @@ OURS = Path(__file__).parent / "contenders" / "stillgraph_bundle.py"
 PRECISIONS = {"portable": ("fp16", "int8", "int4"), "onnxruntime": ("int8", "int4")}
 
 
-def form(name: str, source: Source) -> Contender | None:
+def form(name: str, source: ContenderSource) -> Contender | None:
     """The contender of a name, made from the checkpoint into `source.models`; None for no such form."""
     match = NAME.fullmatch(name)
     if match is None or not _allowed(match):

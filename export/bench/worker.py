@@ -1,7 +1,7 @@
 """Measure one contender in this process: `python worker.py CONTENDER_FILE REQUEST_JSON`.
 
 Runs in the environment of every contender, so it needs nothing but Python and imports nothing of ours. The
-contender's file has a function `open_contender(request)` that returns a loaded `Contender`. The last line on
+contender's file has a function `open_contender(request)` that returns a `LoadedContender`. The last line on
 stdout is a row of JSON, the keys of `Run` in report.py less `turn`, and what the contender says of itself.
 """
 
@@ -43,7 +43,7 @@ class Request:
     image: str | None = None
 
 
-class Contender(Protocol):
+class LoadedContender(Protocol):
     """A loaded model.
 
     facts: what it says of itself, any of: versions {package: version}, weights_mb, cache_mb, read_mb.
@@ -62,7 +62,7 @@ def main(file: str, request: Request) -> dict[str, Any]:
     """Load, warm up, measure: one row. TTFT is of several requests, of which all but the last end there."""
     began = time.monotonic()
     sys.path[0] = str(Path(file).resolve().parent)  # a contender finds its neighbors, not those of this file
-    contender: Contender = runpy.run_path(file)["open_contender"](request)
+    contender: LoadedContender = runpy.run_path(file)["open_contender"](request)
     marks = [(began, "load"), (time.monotonic(), "first request")]
     loaded = pss_mb()
     first = measure(contender, request.ids, min(WARM_UP, request.tokens), marks)
@@ -83,7 +83,7 @@ def main(file: str, request: Request) -> dict[str, Any]:
 
 
 def measure(
-    contender: Contender, ids: list[int], count: int, marks: list[tuple[float, str]]
+    contender: LoadedContender, ids: list[int], count: int, marks: list[tuple[float, str]]
 ) -> dict[str, Any]:
     """One request; its phases are added to `marks`. Graphs that are loaded within it count as swap_ms."""
     marks.append((time.monotonic(), "prefill"))

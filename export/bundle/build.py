@@ -26,16 +26,16 @@ from stillgraph.exporter.config import (
 from stillgraph.exporter.ir.fold_weights import Weight, take_out, take_out_constants
 from stillgraph.exporter.ir.node_names import name_the_rest
 from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
-from stillgraph.exporter.quantize.lower import Plan, lower
+from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.staging import staged
 from stillgraph.exporter.trace.tracing import convert
 from stillgraph.manifest import (
     MANIFEST,
     Alias,
+    CheckpointSource,
     File,
     GraphEntry,
     Manifest,
-    Source,
     Tokens,
     Weights,
     check_files,
@@ -103,7 +103,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
     say(f"tracing {shape.name}")
     plan = None
     if config.quantization is not None:
-        plan = Plan.of(config.target, config.precision, config.quantization, shape, checkpoint.tied)
+        plan = StoragePlan.of(config.target, config.precision, config.quantization, shape, checkpoint.tied)
     model = convert(
         checkpoint, shape, config.target, config.precision, apart=plan is not None and plan.apart(shape)
     )
@@ -214,7 +214,7 @@ def _manifest(
             shutil.copyfile(source, folder / name)
             files.append(describe(folder, folder / name))
     return Manifest(
-        source=Source(
+        source=CheckpointSource(
             id=config.model,
             model_type=checkpoint.family.model_type,
             checkpoint_sha256=checkpoint.sha256,

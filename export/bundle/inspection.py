@@ -55,7 +55,7 @@ class LayerCache(Frozen):
     nbytes: int
 
 
-class Memory(Frozen):
+class MemoryUse(Frozen):
     """Bytes of the weights, and of one set of key/value buffers by layer and in all."""
 
     weights: int
@@ -89,7 +89,7 @@ class Inspection(Frozen):
     tools: dict[str, str]
     files: dict[str, int]
     graphs: dict[str, GraphInspection]
-    memory: Memory
+    memory: MemoryUse
     ranges: Ranges
     validation: Validation | None
 
@@ -153,10 +153,10 @@ def _activation(value: onnx.ValueInfoProto, op: str) -> Activation:
     return Activation(name=value.name, op=op, dtype=dtype.lower(), shape=shape, nbytes=nbytes)
 
 
-def _memory(manifest: Manifest) -> Memory:
+def _memory(manifest: Manifest) -> MemoryUse:
     entry = manifest.graph("decode") or manifest.graph("prefill") or manifest.graph("dynamic")
     layers = _caches(manifest, entry) if entry else ()
-    return Memory(
+    return MemoryUse(
         weights=manifest.weights.file.nbytes,
         layers=layers,
         cache=sum(layer.nbytes for layer in layers),
@@ -184,7 +184,7 @@ def _ranges(manifest: Manifest) -> Ranges:
     return Ranges(
         batch=entry.shape.batch if entry else 1,
         vocabulary=manifest.model.vocab_size,
-        max_len=prefill.shape.slots if prefill else None,
+        max_len=prefill.shape.max_len if prefill else None,
         continues_cache=prefill is not None and prefill.shape.ctx is not None,
         ctx=entry.shape.ctx if entry else None,
     )

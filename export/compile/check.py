@@ -1,6 +1,6 @@
 """Run two files of one graph as the runtime would, on the same random inputs, and compare what comes out.
 
-Shapes: B rows, P prompt slots.
+Shapes: B rows, P prompt tokens.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ def outputs(variant: Variant, entry: GraphEntry, inputs: dict[str, Array]) -> di
 
 
 def random_inputs(entry: GraphEntry, vocab: int, seed: int) -> dict[str, Array]:
-    """Inputs in the valid range: random ids, every prompt slot in use, normal keys and values, and a past
+    """Inputs in the valid range: random ids, all `max_len` tokens in use, normal keys and values, and a past
     that leaves room for the new tokens."""
     rng = np.random.default_rng(seed)
     shape, arrays = entry.shape, dict[str, Array]()
-    past = min(shape.slots, (shape.ctx or shape.slots) - shape.slots)
+    past = min(shape.max_len, (shape.ctx or shape.max_len) - shape.max_len)
     for port in entry.inputs:
         if port.name == "input_ids":  # [B, P]
             arrays[port.name] = rng.integers(0, vocab, port.sizes)
         elif port.name.endswith("_length"):  # [B]
-            length = shape.slots if port.name == "prompt_length" else max(past, 0)
+            length = shape.max_len if port.name == "prompt_length" else max(past, 0)
             arrays[port.name] = np.full(port.sizes, length, np.int64)
         else:
             arrays[port.name] = rng.standard_normal(port.sizes, np.float32).astype(NUMPY[port.dtype])

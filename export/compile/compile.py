@@ -125,7 +125,7 @@ def _products(job: Job, say: Say) -> Products | None:
     shape = kernel_choice.largest_product(graph, manifest.model.vocab_size)
     if shape is None:
         return None
-    rows = sorted({entry.shape.slots for entry in graphs})
+    rows = sorted({entry.shape.max_len for entry in graphs})
     say(f"timing products of {shape[0]} by {shape[1]} weights")
     times = kernel_choice.time_products(manifest, shape, rows, available_cores())
     chosen = {

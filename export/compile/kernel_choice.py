@@ -81,7 +81,7 @@ def choose(manifest: Manifest, times: list[ProductTime]) -> list[GraphEntry]:
 
 
 def _ms(entry: GraphEntry, manifest: Manifest, times: list[ProductTime]) -> float:
-    return ms_of(times, form_of(entry, manifest), entry.shape.slots)
+    return ms_of(times, form_of(entry, manifest), entry.shape.max_len)
 
 
 def advice(manifest: Manifest, times: list[ProductTime]) -> str | None:
@@ -89,8 +89,8 @@ def advice(manifest: Manifest, times: list[ProductTime]) -> str | None:
     prefills = manifest.all_of("prefill")
     if manifest.quantization is None or manifest.target != "onnxruntime" or not prefills:
         return None
-    slots = prefills[0].shape.slots
-    share = ms_of(times, "channels", slots) / ms_of(times, "blocks", slots)
+    max_len = prefills[0].shape.max_len
+    share = ms_of(times, "channels", max_len) / ms_of(times, "blocks", max_len)
     if any(entry.shape.int8_activations for entry in prefills) or share > 0.9:
         return None
     return (

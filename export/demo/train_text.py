@@ -6,7 +6,7 @@
 A held-out question counts as right when greedy decoding gives its whole answer. The same questions are
 asked again with every global layer limited to the window of the others, to show which layers recall.
 
-Shapes: B texts, S token slots, V vocabulary; token ids and loss weights are [B,S].
+Shapes: B texts, S tokens, V vocabulary; token ids and loss weights are [B,S].
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 A held-out question counts as right when greedy decoding gives its whole answer. The same questions are asked
 again with the picture preprocessed wrongly, to show which mistakes its answers reveal.
 
-Shapes: B pictures, S token slots, H height, W width, V vocabulary.
+Shapes: B pictures, S tokens, H height, W width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def pictures(seed: str, held_out: bool, count: int) -> list[Picture]:
     return found
 
 
-class Batches:
+class PictureBatches:
     """Seeded padded batches of token ids [B,S], which of them are answers, pixels [B,3,H,W], and for each
     cell of a scene [B,9] what is in it."""
 
@@ -182,7 +182,7 @@ def train(
     model.train()
     weights = [*model.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    batches, began, step, progress, mean = Batches(tokenizer, seed), time.monotonic(), 0, 0.0, 3.0
+    batches, began, step, progress, mean = PictureBatches(tokenizer, seed), time.monotonic(), 0, 0.0, 3.0
     while progress < 1:
         rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         optimizer.param_groups[0]["lr"] = PEAK_LR * rate

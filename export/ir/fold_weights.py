@@ -58,7 +58,7 @@ class Weight(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class WeightStep:
     """One operation on a weight: `Transpose` by a permutation, `Cast` to a dtype, `Add` or `Mul` a number."""
 
     op: str
@@ -81,7 +81,7 @@ class Recipe:
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: ir.DataType = ir.DataType.FLOAT
-    steps: tuple[Step, ...] = ()
+    steps: tuple[WeightStep, ...] = ()
     constant: np.ndarray | None = field(default=None, compare=False)  # a weight of the trace's own, no source
 
     @property
@@ -97,7 +97,7 @@ class Recipe:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.bitwidth // 8
 
-    def then(self, step: Step, shape: tuple[int, ...]) -> Recipe:
+    def then(self, step: WeightStep, shape: tuple[int, ...]) -> Recipe:
         return replace(self, shape=shape, steps=(*self.steps, step))
 
     def value(self, tensors: Tensors) -> torch.Tensor:
@@ -170,17 +170,19 @@ def _extended(node: ir.Node, known: dict[int, Recipe]) -> Recipe | None:
         return _together([known.get(id(value)) for value in node.inputs], node.attributes["axis"].as_int())
     if node.op_type == "Transpose":
         permutation = tuple(node.attributes["perm"].as_ints())
-        return recipe.then(Step("Transpose", permutation), tuple(recipe.shape[axis] for axis in permutation))
+        return recipe.then(
+            WeightStep("Transpose", permutation), tuple(recipe.shape[axis] for axis in permutation)
+        )
     if node.op_type == "Cast":
         dtype = ir.DataType(node.attributes["to"].as_int())
         if dtype == recipe.dtype:
             return recipe
-        return replace(recipe.then(Step("Cast", dtype), recipe.shape), dtype=dtype)
+        return replace(recipe.then(WeightStep("Cast", dtype), recipe.shape), dtype=dtype)
     if node.op_type in ("Add", "Mul"):
         numbers = [ir.convenience.get_const_tensor(value) for value in node.inputs if value is not None]
         number = next((tensor for tensor in numbers if tensor is not None and tensor.size == 1), None)
         if number is not None:
-            return recipe.then(Step(node.op_type, float(number.numpy().item())), recipe.shape)
+            return recipe.then(WeightStep(node.op_type, float(number.numpy().item())), recipe.shape)
     return None
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from stillgraph.exporter.ir.fold_weights import Recipe, Step, Tensors
+from stillgraph.exporter.ir.fold_weights import Recipe, Tensors, WeightStep
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
 
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
@@ -76,7 +76,7 @@ class Part:
 
 def matrix_of(recipe: Recipe, form: Format) -> Matrix:
     """The matrix of a product's right side [K, N], whose last step most often turned it: that is undone."""
-    if recipe.steps[-1:] == (turn := Step("Transpose", (1, 0)),):
+    if recipe.steps[-1:] == (turn := WeightStep("Transpose", (1, 0)),):
         return Matrix(Recipe(recipe.sources, recipe.shape[::-1], recipe.dtype, recipe.steps[:-1]), form)
     return Matrix(recipe.then(turn, recipe.shape[::-1]), form)
 

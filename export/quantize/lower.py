@@ -24,7 +24,7 @@ IR_VERSION = 10  # the first with types of four bits
 
 
 @dataclass(frozen=True)
-class Plan:
+class StoragePlan:
     """How the weights of one graph are stored.
 
     fast: products of more than one token a row take int8 activations, one scale a token, and int8 weights,
@@ -48,7 +48,7 @@ class Plan:
         quantization: Quantization,
         shape: GraphShape,
         tied: str | None,
-    ) -> Plan:
+    ) -> StoragePlan:
         """The plan of a graph: a tower's products are of int8, whatever the decoder's are."""
         tower = shape.role == "vision"
         return cls(target, "int8" if tower else precision, quantization, shape.int8_activations, tied, tower)
@@ -59,7 +59,7 @@ class Plan:
         A fast graph quantizes an input once for all its products. What is kept in fp32 stays one matrix,
         which the decode graph reads as well.
         """
-        return self.fast and shape.slots > 1 and "fp32" not in self.quantization.keep.values()
+        return self.fast and shape.max_len > 1 and "fp32" not in self.quantization.keep.values()
 
     def precision_of(self, sources: Iterable[str], tied: bool = False) -> Precision:
         """What a weight made of these tensors of the checkpoint is stored in.
@@ -84,7 +84,7 @@ class Plan:
         return Format(BITS[precision], self.quantization.block_size, self.quantization.symmetric, positive)
 
 
-def lower(model: ir.Model, recipes: Sequence[Weight], plan: Plan) -> list[Weight]:
+def lower(model: ir.Model, recipes: Sequence[Weight], plan: StoragePlan) -> list[Weight]:
     """Rewrite a graph whose weights are inputs, as `take_out` left it; return the weights it reads then.
 
     Products of a right side that a recipe makes ([K, N]), and `Gather`s of rows of such a one, are rewritten
@@ -124,7 +124,7 @@ def _sites(graph: ir.Graph, recipes: dict[str, Recipe]) -> Iterator[tuple[ir.Nod
             yield node, Matrix(recipe, undecided)
 
 
-def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: Plan) -> None:
+def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: StoragePlan) -> None:
     operand = node.inputs[0 if node.op_type == "MatMul" else 1]
     assert operand is not None
     shape = ops.shape_of(operand)
@@ -141,7 +141,7 @@ def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: Plan) ->
     builder.put_in_place_of(node, result)
 
 
-def _declare(model: ir.Model, plan: Plan) -> None:
+def _declare(model: ir.Model, plan: StoragePlan) -> None:
     domain, version = OPSETS[plan.target]
     model.graph.opset_imports[domain] = max(version, model.graph.opset_imports.get(domain, 0))
     model.ir_version = max(model.ir_version, IR_VERSION)

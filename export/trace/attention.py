@@ -1,6 +1,6 @@
 """Attention of the portable target: grouped heads by reshaping the query, masks explicit, softmax in fp32.
 
-Shapes: B batch, H query heads, KV key/value heads, G = H / KV, S query slots, C key slots, D head size.
+Shapes: B batch, H query heads, KV key/value heads, G = H / KV, S queries, C keys, D head size.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def portable_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """`eager_attention_forward` of transformers without expanding keys and values; returns [B, S, H, D]."""
-    batch, heads, slots, size = query.shape
+    batch, heads, tokens, size = query.shape
     kv_heads = key.shape[1]
     # The heads of a group are neighbors, so folding them into the rows is a reshape and nothing moves.
-    query = (query * scaling).reshape(batch, kv_heads, heads // kv_heads * slots, size)
+    query = (query * scaling).reshape(batch, kv_heads, heads // kv_heads * tokens, size)
     if attention_mask is None and (rows := PART // (batch * kv_heads * key.shape[2])) < query.shape[2]:
         # Every query of a tower sees every patch: together their scores may be more than all its weights.
         parts = [_attend(part, key, value, None, softcap) for part in torch.split(query, rows, dim=2)]
         output = torch.cat(parts, dim=2)
     else:
         output = _attend(query, key, value, attention_mask, softcap)
-    return output.reshape(batch, heads, slots, size).transpose(1, 2), None
+    return output.reshape(batch, heads, tokens, size).transpose(1, 2), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The key/value cache of the onnxruntime target: one op writes it, reads it and moves the window on.
 
-Shapes: B batch, S new token slots, H query heads, KV key/value heads, C cache slots, D head size,
+Shapes: B batch, S new tokens, H query heads, KV key/value heads, C cache slots, D head size,
 R positions.
 """
 
@@ -86,10 +86,10 @@ class FusedCache:
 
     def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """RoPE of [B, S, heads * D] at the positions of this call."""
-        slots = torch.arange(heads.shape[1])[None, :]
+        offsets = torch.arange(heads.shape[1])[None, :]
         rotated: Tensor = torch.onnx.ops.symbolic(
             "RotaryEmbedding",
-            [heads, cos, sin, self.past_length[:, None] + slots],
+            [heads, cos, sin, self.past_length[:, None] + offsets],
             attrs={"num_heads": heads.shape[-1] // self.spec.head_dim},
             dtype=heads.dtype,
             shape=heads.shape,

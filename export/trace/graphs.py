@@ -1,7 +1,7 @@
 """The graphs as modules: prefill takes a prompt, decode one token, dynamic both; vision takes pictures.
 
 They call the unchanged model of transformers with a `StaticCache`, positions and masks of their own; what is
-traced below that is the model's code. Shapes: B batch, P prompt slots, S token slots, C cache slots,
+traced below that is the model's code. Shapes: B batch, P prompt tokens, S tokens, C cache slots,
 V vocabulary; of the dynamic graph T past tokens; of the vision graph N pictures, T features of each.
 """
 
@@ -22,9 +22,9 @@ from stillgraph.spec import GraphShape, ModelSpec, marks_pictures
 
 
 def masks(
-    spec: ModelSpec, positions: Tensor, slots: int, pictures: Tensor | None = None
+    spec: ModelSpec, positions: Tensor, count: int, pictures: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The additive mask of each layer kind, for queries at `positions` [B, S] over `slots` keys.
+    """The additive mask of each layer kind, for queries at `positions` [B, S] over `count` keys.
 
     pictures: `same_picture`'s, of the tokens at these positions.
     """
@@ -32,9 +32,9 @@ def masks(
     windows = {layer.kind: layer.window for layer in spec.layers}
     same = None
     if pictures is not None:
-        same = same_picture(pictures, torch.arange(slots)[None] - positions[:, :1])
+        same = same_picture(pictures, torch.arange(count)[None] - positions[:, :1])
     return {
-        kind: additive_mask(visible(positions, slots, window, same), groups)
+        kind: additive_mask(visible(positions, count, window, same), groups)
         for kind, window in windows.items()
     }
 
@@ -126,7 +126,7 @@ def last_valid(hidden: Tensor, length: Tensor) -> Tensor:
 
 
 class PrefillGraph(Graph):
-    """`max_len` right-padded token slots, from nothing or continuing a cache of `ctx` slots."""
+    """`max_len` right-padded tokens, from nothing or continuing a cache of `ctx` slots."""
 
     def forward(self, tokens: Tensor, prompt_length: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """rest: numbers of pictures where the model wants them, past_length and past where there is a ctx."""

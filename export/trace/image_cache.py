@@ -2,7 +2,7 @@
 
 GroupQueryAttention looks back alone. Here it only writes the cache, as the decode graph will read it, and
 primitive ops attend over what that cache held before and the new tokens.
-Shapes: B batch, S new token slots, H query heads, KV key/value heads, C cache slots, D head size.
+Shapes: B batch, S new tokens, H query heads, KV key/value heads, C cache slots, D head size.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class PictureCache:
 
     def _heads(self, tensor: Tensor) -> Tensor:
         """[B, S, heads * D] as [B, heads, S, D]."""
-        batch, slots, _ = tensor.shape
-        return tensor.reshape(batch, slots, -1, self.cache.spec.head_dim).transpose(1, 2)
+        batch, tokens, _ = tensor.shape
+        return tensor.reshape(batch, tokens, -1, self.cache.spec.head_dim).transpose(1, 2)
 
     def _mask(self, layer: LayerSpec, pictures: Tensor) -> Tensor:
         """Of the queries over the slots of the cache before the call and, behind them, the new tokens."""
         cache, spec = self.cache, self.cache.spec
-        length, slots = cache.past_length[:, None], cache.shape.capacity(layer)
-        held = torch.arange(slots)[None] + self._first_position(layer)
+        length, capacity = cache.past_length[:, None], cache.shape.capacity(layer)
+        held = torch.arange(capacity)[None] + self._first_position(layer)
         new = length + torch.arange(pictures.shape[1])[None]
         keys = torch.cat([torch.where(held < length, held, NOWHERE), new], dim=1)
-        source = torch.arange(-slots, pictures.shape[1])[None].expand(pictures.shape[0], -1)
+        source = torch.arange(-capacity, pictures.shape[1])[None].expand(pictures.shape[0], -1)
         seen = visible(new, keys, layer.window, same_picture(pictures, source))
         return additive_mask(seen, spec.num_attention_heads // spec.num_key_value_heads)
 

@@ -1,6 +1,6 @@
 """The static key/value cache: fixed buffers, written by position, and the rule of what a position may see.
 
-Shapes: B batch, S new token slots, C cache slots, KV key/value heads, D head size.
+Shapes: B batch, S new tokens, C cache slots, KV key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def same_picture(pictures: Tensor, source: Tensor) -> Tensor:
     pictures: int64 [B, S], numbers of the new tokens' pictures, 0 for text; source: int64 [B, C], which of
     the new tokens a key is, outside 0 to S - 1 where it is none of them: pictures come whole.
     """
-    slots = pictures.shape[1]
-    inside = (source >= 0) & (source < slots)
-    source = source.clamp(0, slots - 1)
+    tokens = pictures.shape[1]
+    inside = (source >= 0) & (source < tokens)
+    source = source.clamp(0, tokens - 1)
     rows = [pictures[row].index_select(0, source[row])[None] for row in range(pictures.shape[0])]
     keys = torch.where(inside, torch.cat(rows), 0)[:, None, :]
     query = pictures[:, :, None]
@@ -54,11 +54,11 @@ def write(past: Tensor, new: Tensor, past_length: Tensor, new_length: Tensor | N
     """
     if new_length is None:
         return past.scatter(2, past_length[:, None, None, None].expand_as(new), new)
-    capacity, slots = past.shape[2], new.shape[2]
+    capacity, tokens = past.shape[2], new.shape[2]
     # Which of the new tokens each slot would take: [B, C].
     source = torch.arange(capacity)[None, :] - past_length[:, None]
     written = (source >= 0) & (source < new_length[:, None])
-    source = source.clamp(0, slots - 1)
+    source = source.clamp(0, tokens - 1)
     rows = [new[row, None].index_select(2, source[row]) for row in range(new.shape[0])]
     return torch.where(written[:, None, :, None], torch.cat(rows), past)
 

@@ -22,7 +22,7 @@ Depth = Literal["quick", "default", "full"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ValidationPlan:
     """Cases over one text: prompts followed by a few steps each, and prompts walked to the end of ctx."""
 
     text: TextKind
@@ -31,24 +31,26 @@ class Plan:
     walks: tuple[int, ...]
 
 
-def make_plans(manifest: Manifest, depth: Depth) -> list[Plan]:
+def make_plans(manifest: Manifest, depth: Depth) -> list[ValidationPlan]:
     """Which prompts are run in which setting."""
     prompts = tuple(edges(manifest))
     walk = (min(limit(manifest) - 1, max_len(manifest) or 1),) if manifest.graph("decode") else ()
     seen = pictured(manifest)
     if depth == "quick":
-        return [Plan("random", True, prompts, ()), *[plan for plan in seen if plan.optimized]]
+        return [ValidationPlan("random", True, prompts, ()), *[plan for plan in seen if plan.optimized]]
     everywhere = walk if depth == "full" else ()
     return [
-        Plan("random", False, prompts, everywhere),
-        Plan("random", True, prompts, walk),
-        Plan("text", False, prompts, everywhere) if depth == "full" else Plan("text", False, prompts[:1], ()),
-        Plan("text", True, prompts, everywhere),
+        ValidationPlan("random", False, prompts, everywhere),
+        ValidationPlan("random", True, prompts, walk),
+        ValidationPlan("text", False, prompts, everywhere)
+        if depth == "full"
+        else ValidationPlan("text", False, prompts[:1], ()),
+        ValidationPlan("text", True, prompts, everywhere),
         *seen,
     ]
 
 
-def pictured(manifest: Manifest) -> list[Plan]:
+def pictured(manifest: Manifest) -> list[ValidationPlan]:
     """A text with a picture, cut behind it and, where there is room, at the edges; none without its graph."""
     vision = manifest.model.vision
     if vision is None or manifest.graph("vision") is None or manifest.graph("prefill") is None:
@@ -59,24 +61,24 @@ def pictured(manifest: Manifest) -> list[Plan]:
     if first >= limit(manifest) or (first > (max_len(manifest) or 0) and not continues(manifest)):
         return []
     prompts = tuple(sorted({first, *(prompt for prompt in edges(manifest) if prompt > first)}))
-    return [Plan("picture", optimized, prompts, ()) for optimized in (False, True)]
+    return [ValidationPlan("picture", optimized, prompts, ()) for optimized in (False, True)]
 
 
 def edges(manifest: Manifest) -> Iterator[int]:
     """Prompt lengths where a static graph goes wrong first: around P, 2P, each window, and the end of ctx."""
-    slots, end = max_len(manifest), limit(manifest)
+    chunk, end = max_len(manifest), limit(manifest)
     near = {1, 2, end - 1, *(window + delta for window in manifest.model.windows for delta in (-1, 0, 1))}
-    if slots is not None:
-        near |= {slots - 1, slots, slots + 1, 2 * slots + 1}
+    if chunk is not None:
+        near |= {chunk - 1, chunk, chunk + 1, 2 * chunk + 1}
     only_prefill = manifest.graph("decode") is None
-    last = slots if only_prefill and slots is not None and not continues(manifest) else end - 1
+    last = chunk if only_prefill and chunk is not None and not continues(manifest) else end - 1
     yield from sorted(length for length in near if 1 <= length <= last)
 
 
 def max_len(manifest: Manifest) -> int | None:
-    """Token slots of the prefill, or None where there is none."""
+    """Tokens that the prefill takes at once, or None where there is none."""
     graph = manifest.graph("prefill")
-    return graph.shape.slots if graph else None
+    return graph.shape.max_len if graph else None
 
 
 def continues(manifest: Manifest) -> bool:
@@ -94,7 +96,7 @@ def rows(manifest: Manifest) -> int:
     return next(graph.shape.batch for graph in manifest.graphs.values() if graph.shape.caches)
 
 
-def positions(manifest: Manifest, plan: Plan) -> set[int]:
+def positions(manifest: Manifest, plan: ValidationPlan) -> set[int]:
     """Positions whose logits a plan compares, for every row."""
     found: set[int] = set()
     end = limit(manifest)

@@ -1,6 +1,6 @@
 """Call a bundle's graphs over a cache: prompts in chunks, then one token at a time.
 
-Shapes: B rows, N tokens, S token slots, C cache slots, KV key/value heads, D head size, V vocabulary.
+Shapes: B rows, N tokens, S tokens of a call, C cache slots, KV key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ class GraphRun:
         All rows end with the last chunk; a row too short for that waits at slot 0.
         """
         graph, vision = self._graph("prefill"), self.manifest.model.vision
-        slots, done, longest = graph.shape.slots, np.zeros_like(lengths), int(lengths.max())
+        max_len, done, longest = graph.shape.max_len, np.zeros_like(lengths), int(lengths.max())
         seen = None if self.features is None else vision
-        first = min(longest, slots) if seen is None else image.uncut(0, min(longest, slots), seen)
-        for left in range(1 - (first - longest) // slots, 0, -1):
+        first = min(longest, max_len) if seen is None else image.uncut(0, min(longest, max_len), seen)
+        for left in range(1 - (first - longest) // max_len, 0, -1):
             waits = lengths - done < left
-            count = np.where(waits, 1, np.minimum(slots, lengths - done - left + 1))
+            count = np.where(waits, 1, np.minimum(max_len, lengths - done - left + 1))
             if seen is not None:
                 count = np.array([image.uncut(*row, seen) for row in zip(done, count, strict=True)])
-            chunk = np.full((len(self.rows), slots), self.manifest.tokens.pad or 0, np.int64)
+            chunk = np.full((len(self.rows), max_len), self.manifest.tokens.pad or 0, np.int64)
             for row in self.rows:
                 chunk[row, : count[row]] = ids[row, done[row] : done[row] + count[row]]
             feeds = self._tokens(graph, chunk, done) | {"prompt_length": count}

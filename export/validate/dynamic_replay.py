@@ -11,7 +11,7 @@ import numpy as np
 
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.ort import DTYPES, open_graph
-from stillgraph.exporter.validate.cases import STEPS, Plan, limit
+from stillgraph.exporter.validate.cases import STEPS, ValidationPlan, limit
 from stillgraph.exporter.validate.metrics import Comparison, cache_error, compare
 from stillgraph.exporter.validate.reference import Reference
 from stillgraph.exporter.validate.report import CaseResult
@@ -20,14 +20,14 @@ from stillgraph.spec import PAST
 
 
 class GrowingReplay:
-    """Runs one plan as `replay.Replay` does for static graphs, with lengths where those have slots.
+    """Runs one plan as `replay.Replay` does for static graphs, with lengths for fixed sizes.
 
     Every prompt goes in at once, and again in two calls, as a prompt does that continues a chat; both are
     followed by a few tokens, one a call.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, truth: Reference, plan: Plan, bound: float, say: Say
+        self, bundle: Path, manifest: Manifest, truth: Reference, plan: ValidationPlan, bound: float, say: Say
     ) -> None:
         entry = manifest.graph("dynamic")
         assert entry is not None

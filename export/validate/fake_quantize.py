@@ -9,7 +9,7 @@ from itertools import product
 import torch
 
 from stillgraph.errors import CheckFailed
-from stillgraph.exporter.quantize.lower import Plan
+from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Manifest
 
@@ -36,7 +36,7 @@ def dequantize(model: torch.nn.Module, manifest: Manifest, channels: bool) -> No
 def forms(manifest: Manifest, of_channels: bool, columns: dict[str, int]) -> Iterator[tuple[str, Format]]:
     """Each quantized tensor of the checkpoint and its form in a graph. columns: of every matrix by name."""
     assert manifest.quantization is not None
-    plan = Plan(manifest.target, manifest.precision, manifest.quantization)
+    plan = StoragePlan(manifest.target, manifest.precision, manifest.quantization)
     blocked, channels = set[tuple[str, int]](), set[str]()
     for stored in manifest.weights.tensors:
         if (found := re.fullmatch(r"(.+)\.int(\d)\.(\w+)", stored)) is None:

@@ -1,6 +1,6 @@
 """A validation's picture: its pixels, and a text with it in the middle.
 
-Shapes: B rows, N tokens, S token slots, T features of a picture, H height, W width.
+Shapes: B rows, N tokens, S tokens of a call, T features of a picture, H height, W width.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def end(vision: VisionSpec) -> int:
 def fill(embeddings: np.ndarray, first: int, features: np.ndarray) -> np.ndarray:
     """Put the picture's features [T, hidden] into embeddings [S, hidden] of the positions from `first` on.
 
-    Returns the number of each slot's picture, int64 [S], 0 for text.
+    Returns the number of each token's picture, int64 [S], 0 for text.
     """
     positions = first + np.arange(len(embeddings)) - BEFORE
     inside = (positions >= 0) & (positions < len(features))

@@ -1,6 +1,6 @@
 """Run a bundle's graphs over a text, teacher-forced, and measure every call against the reference.
 
-Shapes: B rows, S token slots, C cache slots, KV key/value heads, D head size, V vocabulary.
+Shapes: B rows, S tokens, C cache slots, KV key/value heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.validate import image
-from stillgraph.exporter.validate.cases import ROW_STAGGER, STEPS, Plan, continues, limit, max_len
+from stillgraph.exporter.validate.cases import ROW_STAGGER, STEPS, ValidationPlan, continues, limit, max_len
 from stillgraph.exporter.validate.driver import Cache, GraphRun
 from stillgraph.exporter.validate.metrics import Comparison, cache_error, compare
 from stillgraph.exporter.validate.reference import Reference
@@ -38,7 +38,7 @@ class Replay:
     """Runs one plan: all prompts through the prefill, then, with the prefill gone, all decode steps."""
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, truth: Reference, plan: Plan, bound: float, say: Say
+        self, bundle: Path, manifest: Manifest, truth: Reference, plan: ValidationPlan, bound: float, say: Say
     ) -> None:
         self.manifest, self.truth, self.plan, self.bound, self.say = manifest, truth, plan, bound, say
         seen = image.features(bundle, manifest, plan.optimized) if plan.text == "picture" else None
@@ -71,8 +71,8 @@ class Replay:
         """A case before its first call: slots poisoned, or the reference's cache where no prefill serves."""
         lengths = np.maximum(1, prompt - self.rows * ROW_STAGGER)
         cache = self.graphs.new_cache()
-        slots = max_len(self.manifest)
-        if slots is not None and (prompt <= slots or continues(self.manifest)):
+        chunk = max_len(self.manifest)
+        if chunk is not None and (prompt <= chunk or continues(self.manifest)):
             return State(prompt, steps, "prefill", lengths, cache, [])
         for layer in self.layers:
             for name, block in zip(past_names(layer), self.block(layer), strict=True):

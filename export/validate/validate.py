@@ -17,7 +17,15 @@ from stillgraph.errors import StillgraphError
 from stillgraph.exporter.checkpoint import DEMO, Checkpoint, open_checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.staging import staged_file
-from stillgraph.exporter.validate.cases import Depth, Plan, limit, make_plans, positions, random_ids, text_ids
+from stillgraph.exporter.validate.cases import (
+    Depth,
+    ValidationPlan,
+    limit,
+    make_plans,
+    positions,
+    random_ids,
+    text_ids,
+)
 from stillgraph.exporter.validate.dynamic_replay import GrowingReplay
 from stillgraph.exporter.validate.fake_quantize import dequantize
 from stillgraph.exporter.validate.image import with_picture
@@ -101,7 +109,7 @@ class Proof:
         parts = [shared, own | seeing] if own else [graphs]
         return [self.manifest.model_copy(update={"graphs": part}) for part in parts]
 
-    def replay(self, part: Manifest, plans: list[Plan]) -> list[CaseResult]:
+    def replay(self, part: Manifest, plans: list[ValidationPlan]) -> list[CaseResult]:
         """Every case of some graphs that have the same weights, against PyTorch with these weights."""
         self.say("loading PyTorch's model")
         model = self.checkpoint.load()

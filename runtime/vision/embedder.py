@@ -1,6 +1,6 @@
 """The embed graph before a prefill that takes embeddings: ids to rows, and pictures into theirs.
 
-Shapes: B rows, P prompt slots.
+Shapes: B rows, P prompt tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Fill = Callable[[Sequence[int], Array], None]
 class Embedder:
     """Writes embeddings [B, P, hidden] where the prefill reads them.
 
-    fill(slots, rows): puts into the rows of slots below zero what is no token's embedding; image_tokens: of
-    each picture.
+    fill(input_ids, rows): puts into the rows of ids below zero what is not a token's embedding; image_tokens:
+    of each picture.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Embedder:
         assert self._call is not None
         self._ids[:] = 0
         for row, piece in enumerate(pieces):
-            self._ids[row, : len(piece)] = [max(slot, 0) for slot in piece]
+            self._ids[row, : len(piece)] = [max(input_id, 0) for input_id in piece]
         self._call()
         for piece, rows in zip(pieces, self._embeddings, strict=True):
             self._fill(piece, rows)

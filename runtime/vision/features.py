@@ -1,8 +1,8 @@
-"""Pictures of a prompt: read, turned into features once, and put into their slots.
+"""Pictures of a prompt: read, turned into features once, and put in the place of their tokens.
 
-Ids name tokens from 0 on. A slot of the prompt that holds a feature of a picture has a number below zero
-instead, the same one whenever the same pixels come again: so a cache that holds a prompt knows its pictures.
-Shapes: T features of a picture, S token slots, H height, W width.
+Input ids name tokens from 0 on. A feature of a picture has an input id below zero, the same one whenever the
+same pixels come again: so a cache that holds a prompt knows its pictures.
+Shapes: T features of a picture, S tokens, H height, W width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stillgraph.session import Array, Runner, empty, return_memory
 from stillgraph.spec import VisionSpec
 
 if TYPE_CHECKING:
-    from stillgraph.vision.preprocessor import Preprocessor, Source
+    from stillgraph.vision.preprocessor import ImageSource, Preprocessor
 
 Load = Callable[[GraphEntry], Runner]
 STAGE = "read prompt"
@@ -55,22 +55,22 @@ class Vision:
         spec = self.spec
         return text.replace(spec.mark, spec.before + token * spec.image_tokens + spec.after)
 
-    def place(self, ids: Sequence[int], images: Sequence[Source]) -> list[int]:
-        """The ids with the slots of these pictures in place of image tokens. Raises StillgraphError."""
+    def place(self, ids: Sequence[int], images: Sequence[ImageSource]) -> list[int]:
+        """The ids with those of these pictures' features in place of image tokens. Raises StillgraphError."""
         found, each = list(ids).count(self.spec.image_token), self.spec.image_tokens
         if found != each * len(images):
             marks = f"{found // each} pictures ({found} image tokens of {each} a picture)"
             problem = f"the prompt has room for {marks} and {len(images)} images are given"
             raise StillgraphError(STAGE, problem, f"write {self.spec.mark} once for each image")
-        slots = (slot for number in self._numbered(images) for slot in self._slots(number))
-        return [next(slots) if token == self.spec.image_token else token for token in ids]
+        input_ids = (input_id for number in self._numbered(images) for input_id in self._input_ids(number))
+        return [next(input_ids) if token == self.spec.image_token else token for token in ids]
 
     def see(self, prompts: Sequence[Sequence[int]], release: Callable[[], None]) -> None:
         """Make the features that these prompts need and that are not there; forget all others.
 
         release: called where other graphs are to leave memory first.
         """
-        needed = {self._number(slot) for prompt in prompts for slot in prompt if slot < 0}
+        needed = {self._number(input_id) for prompt in prompts for input_id in prompt if input_id < 0}
         self._features = {number: rows for number, rows in self._features.items() if number in needed}
         missing = sorted(needed - set(self._features))
         if missing and self._call is None:
@@ -92,20 +92,20 @@ class Vision:
         """Forget all features; a picture that comes again is seen again."""
         self._features.clear()
 
-    def fill(self, slots: Sequence[int], rows: Array) -> None:
-        """Put the features of the slots below zero into their rows of [S, hidden]."""
-        for index, slot in enumerate(slots):
-            if slot < 0:
-                rows[index] = self._features[self._number(slot)][(-1 - slot) % self.spec.image_tokens]
+    def fill(self, input_ids: Sequence[int], rows: Array) -> None:
+        """Put the features of the ids below zero into their rows of [S, hidden]."""
+        for index, input_id in enumerate(input_ids):
+            if input_id < 0:
+                rows[index] = self._features[self._number(input_id)][(-1 - input_id) % self.spec.image_tokens]
 
-    def _slots(self, number: int) -> Iterator[int]:
+    def _input_ids(self, number: int) -> Iterator[int]:
         first = number * self.spec.image_tokens
         return (-1 - (first + index) for index in range(self.spec.image_tokens))
 
-    def _number(self, slot: int) -> int:
-        return (-1 - slot) // self.spec.image_tokens
+    def _number(self, input_id: int) -> int:
+        return (-1 - input_id) // self.spec.image_tokens
 
-    def _numbered(self, images: Iterable[Source]) -> Iterator[int]:
+    def _numbered(self, images: Iterable[ImageSource]) -> Iterator[int]:
         """The number of each picture."""
         for pixels in self._read(list(images)):
             digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
@@ -113,7 +113,7 @@ class Vision:
             self._pixels[number] = pixels
             yield number
 
-    def _read(self, images: list[Source]) -> Sequence[Array]:
+    def _read(self, images: list[ImageSource]) -> Sequence[Array]:
         """float32 [3, H, W] each. Raises StillgraphError for an image or a config that cannot be read."""
         if not images:
             return []

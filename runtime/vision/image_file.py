@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stillgraph.errors import StillgraphError
 
-Source: TypeAlias = "str | Path | bytes | Image.Image"
+ImageSource: TypeAlias = "str | Path | bytes | Image.Image"
 
 # Where Pillow begins to warn of a decompression bomb: a quarter of a GiB at 3 bytes a pixel.
 MAX_PIXELS = 89_478_485
@@ -20,7 +20,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 KNOWN = "give an image as " + ", ".join(FORMATS[:-1]) + " or " + FORMATS[-1]
 
 
-def open_image(source: Source) -> Image.Image:
+def open_image(source: ImageSource) -> Image.Image:
     """The picture of a path (never a URL), of a file's bytes, or of Pillow, decoded.
 
     Path and bytes: what `transformers.image_utils.load_image` gives, that is RGB, upright as EXIF says, with

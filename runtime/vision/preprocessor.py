@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from stillgraph.errors import StillgraphError
 from stillgraph.spec import Frozen
 from stillgraph.tokenizer import read_json
-from stillgraph.vision.image_file import Source, open_image, refuse
+from stillgraph.vision.image_file import ImageSource, open_image, refuse
 from stillgraph.vision.pixels import Floats, Size, center_crop, looked_up, resized, to_rgb, value_table
 
-__all__ = ["Preprocessor", "Source", "open_image"]
+__all__ = ["ImageSource", "Preprocessor", "open_image"]
 
 CONFIG, NESTED = "preprocessor_config.json", "processor_config.json"
 # A step, and the values that it needs.
@@ -128,7 +128,7 @@ class Preprocessor(Frozen):
             name = str(error.errors()[0]["loc"][0])
             _unread(f"{kind}: {name} is {values.get(name)!r}", f"fix {CONFIG}")
 
-    def pixel_values(self, images: Sequence[Source]) -> Floats:
+    def pixel_values(self, images: Sequence[ImageSource]) -> Floats:
         """float32 [B, 3, H, W] of `images` (see `open_image`), bit for bit those of transformers' `...Pil`.
 
         One difference: with neither rescaling nor normalization they are float32 here and uint8 there.

@@ -22,7 +22,7 @@ from stillgraph.exporter.ir.fold_weights import Recipe
 from stillgraph.exporter.quantize import layouts
 from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix
-from stillgraph.exporter.quantize.lower import IR_VERSION, Plan
+from stillgraph.exporter.quantize.lower import IR_VERSION, StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, Quantized, _without_large_pairs
 from stillgraph.manifest import Precision, Quantization, Target
 
@@ -90,7 +90,7 @@ def _forms(target: Target) -> list[Format]:
     how = [(block, symmetric) for block in (32, 64, 128) for symmetric in (True, False)]
     precisions: tuple[Precision, ...] = ("int4", "int8")
     return [
-        Plan(target, precision, Quantization(block_size=block, symmetric=symmetric)).form(precision)
+        StoragePlan(target, precision, Quantization(block_size=block, symmetric=symmetric)).form(precision)
         for precision in precisions
         for block, symmetric in how
     ]

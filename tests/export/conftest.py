@@ -1,7 +1,7 @@
 """The truth of a tiny checkpoint, and a bundle's files run against it in ONNX Runtime.
 
-Every call is made twice, with different junk in the cache slots and input slots that must not be read: both
-calls must agree to the bit. Shapes: B rows, N tokens, S token slots, C cache slots, V vocabulary.
+Every call is made twice, with different junk in the cache slots and input tokens that must not be read: both
+calls must agree to the bit. Shapes: B rows, N tokens, S tokens of a call, C cache slots, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-class Replay:
+class CheckedReplay:
     """One bundle run over the truth's ids, every call checked. `cache` holds what the graphs returned."""
 
     def __init__(self, bundle: Path, optimized: bool) -> None:
@@ -101,11 +101,11 @@ class Replay:
 
     def prefill(self, lengths: np.ndarray) -> None:
         """A prompt in chunks that all rows end with; a row too short for that waits at its first slot."""
-        slots = self.entry("prefill").shape.slots
+        max_len = self.entry("prefill").shape.max_len
         done = np.zeros_like(lengths)
-        for left in range(-(-int(lengths.max()) // slots), 0, -1):
+        for left in range(-(-int(lengths.max()) // max_len), 0, -1):
             waits = lengths - done < left
-            count = np.where(waits, 1, np.minimum(slots, lengths - done - left + 1))
+            count = np.where(waits, 1, np.minimum(max_len, lengths - done - left + 1))
             self.call("prefill", done, count)
             done = np.where(waits, done, done + count)
 
@@ -114,10 +114,10 @@ class Replay:
 
     def call(self, role: str, past: np.ndarray, count: np.ndarray) -> None:
         entry, session = self.entry(role), self.session(role)
-        takes_cache, slots = entry.shape.ctx is not None, entry.shape.slots
+        takes_cache, max_len = entry.shape.ctx is not None, entry.shape.max_len
         results = []
         for poison, padding in zip(POISON, (0, 271), strict=True):
-            ids = np.full((len(self.rows), slots), padding, np.int64)
+            ids = np.full((len(self.rows), max_len), padding, np.int64)
             for row in self.rows:
                 ids[row, : count[row]] = self.truth.ids[row, past[row] : past[row] + count[row]]
             feeds: dict[str, np.ndarray] = {"input_ids": ids}
@@ -242,6 +242,6 @@ def follows() -> Callable[..., bool]:
 
 
 @pytest.fixture(scope="session")
-def replay_of() -> type[Replay]:
+def replay_of() -> type[CheckedReplay]:
     """`replay_of(bundle, optimized)`: a bundle over the truth's ids."""
-    return Replay
+    return CheckedReplay

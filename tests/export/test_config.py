@@ -155,17 +155,17 @@ def test_decode_sizes(refused: Refused, ctx: int) -> None:
 
 def test_shapes_at_the_edge_are_fine() -> None:
     assert prefill_shape(ExportConfig(batch=3), 16, 16) == GraphShape(
-        role="prefill", batch=3, slots=16, ctx=16
+        role="prefill", batch=3, max_len=16, ctx=16
     )
-    assert decode_shape(ExportConfig(), 2) == GraphShape(role="decode", slots=1, ctx=2)
+    assert decode_shape(ExportConfig(), 2) == GraphShape(role="decode", max_len=1, ctx=2)
 
 
 @pytest.mark.parametrize(
     ("shape", "option"),
     [
-        (GraphShape(role="prefill", slots=65), "--max-len 65"),
-        (GraphShape(role="prefill", slots=8, ctx=65), "--ctx 65"),
-        (GraphShape(role="decode", slots=1, ctx=65), "--ctx 65"),
+        (GraphShape(role="prefill", max_len=65), "--max-len 65"),
+        (GraphShape(role="prefill", max_len=8, ctx=65), "--ctx 65"),
+        (GraphShape(role="decode", max_len=1, ctx=65), "--ctx 65"),
     ],
 )
 def test_more_positions_than_the_model_has(
@@ -174,18 +174,18 @@ def test_more_positions_than_the_model_has(
     checkpoint = open_checkpoint(str(tiny_checkpoint()))
     with refused("export", option, "max_position_embeddings of 64", "lower"):
         check_positions(checkpoint.spec, shape)
-    check_positions(checkpoint.spec, GraphShape(role="decode", slots=1, ctx=64))
+    check_positions(checkpoint.spec, GraphShape(role="decode", max_len=1, ctx=64))
 
 
-PREFILL = GraphShape(role="prefill", slots=16, ctx=40)
+PREFILL = GraphShape(role="prefill", max_len=16, ctx=40)
 OTHERS: list[tuple[dict[str, Any], GraphShape, str]] = [
     ({"sha256": "0" * 64}, PREFILL, "checkpoint"),
     ({"target": "onnxruntime"}, PREFILL, "target portable"),
     ({"precision": "fp16"}, PREFILL, "precision fp32"),
     ({}, PREFILL.model_copy(update={"batch": 2}), "batch 1"),
     ({}, PREFILL.model_copy(update={"ctx": 48}), "ctx 40"),
-    ({}, GraphShape(role="decode", slots=1, ctx=32), "ctx 40"),
-    ({}, GraphShape(role="prefill", slots=41), "at most ctx"),
+    ({}, GraphShape(role="decode", max_len=1, ctx=32), "ctx 40"),
+    ({}, GraphShape(role="prefill", max_len=41), "at most ctx"),
     (INT4 | {"quantization": Quantization(block_size=32)}, PREFILL, "precision fp32"),
     ({"quantization": Quantization(block_size=32)}, PREFILL, "quantization None"),
 ]
@@ -212,12 +212,12 @@ def test_a_prefill_that_the_cache_has_no_room_for(refused: Refused, tiny_bundle:
         check_fits_bundle(
             config,
             manifest.source.checkpoint_sha256,
-            PREFILL.model_copy(update={"slots": 17, "slack": 16}),
+            PREFILL.model_copy(update={"max_len": 17, "slack": 16}),
             manifest,
         )
 
 
-@pytest.mark.parametrize("shape", [PREFILL, GraphShape(role="decode", slots=1, ctx=40)])
+@pytest.mark.parametrize("shape", [PREFILL, GraphShape(role="decode", max_len=1, ctx=40)])
 def test_a_graph_that_fits(tiny_bundle: Callable[..., Path], shape: GraphShape) -> None:
     manifest = read(tiny_bundle())
     check_fits_bundle(ExportConfig(), manifest.source.checkpoint_sha256, shape, manifest)
@@ -235,7 +235,7 @@ def test_an_export_refuses_before_it_traces(
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     new = ExportConfig(model=model, out=tmp_path / "new")
     with refused("export", "--ctx 65"):
-        export(new, [GraphShape(role="decode", slots=1, ctx=65)], replace=False, say=lambda line: None)
+        export(new, [GraphShape(role="decode", max_len=1, ctx=65)], replace=False, say=lambda line: None)
     for config, word in (
         (ExportConfig(model=model, out=bundle, precision="fp16"), "precision"),
         (ExportConfig(model=str(tiny_checkpoint(seed=1)), out=bundle), "checkpoint"),

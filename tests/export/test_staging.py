@@ -23,7 +23,7 @@ from stillgraph.manifest import MANIFEST, check_files, read
 from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
-DECODE = GraphShape(role="decode", slots=1, ctx=40)
+DECODE = GraphShape(role="decode", max_len=1, ctx=40)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -212,7 +212,7 @@ def say(line):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with Ctrl-C ignored
 config = ExportConfig(model=sys.argv[1], out=pathlib.Path(sys.argv[2]))
-export(config, [GraphShape(role="prefill", slots=8, ctx=40)], False, say)
+export(config, [GraphShape(role="prefill", max_len=8, ctx=40)], False, say)
 """
 
 

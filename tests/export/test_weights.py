@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper
 
 from stillgraph.exporter import weights
-from stillgraph.exporter.ir.fold_weights import Recipe, Step, Tensors, take_out
+from stillgraph.exporter.ir.fold_weights import Recipe, Tensors, WeightStep, take_out
 from stillgraph.exporter.weights import ALIGNMENT
 
 SOURCE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -82,7 +82,7 @@ def test_a_second_write_appends_what_is_missing_alone(tmp_path: Path) -> None:
 
 
 def test_numpy_and_the_file_agree_on_fp16(tmp_path: Path) -> None:
-    recipe = Recipe(("w",), (3, 4), HALF, (Step("Cast", HALF),))
+    recipe = Recipe(("w",), (3, 4), HALF, (WeightStep("Cast", HALF),))
     place = weights.write(tmp_path, [recipe], tensor).tensors["w.cast"]
     content: Any = np.fromfile(tmp_path / weights.WEIGHTS_FILE, np.float16, 12, offset=place.offset)
     assert (place.dtype, place.nbytes) == ("FLOAT16", 24)

@@ -307,7 +307,7 @@ def test_convert_leaves_torch_and_transformers_as_they_were(
     before = [getattr(*place) for place in places]
     attention = dict(ALL_ATTENTION_FUNCTIONS)
     dtype, checkpoint = torch.get_default_dtype(), open_checkpoint(str(tiny_checkpoint()))
-    shape = GraphShape(role="decode", slots=1, ctx=8, slack=None if target == "portable" else 3)
+    shape = GraphShape(role="decode", max_len=1, ctx=8, slack=None if target == "portable" else 3)
     if fails:
         monkeypatch.setattr(torch.onnx, "export", exporter)
         with pytest.raises(ZeroDivisionError):

@@ -7,11 +7,11 @@ import pytest
 from stillgraph.chunking import calls, fitting, numbered, units
 
 T = 3
-FIRST, SECOND = [-1, -2, -3], [-4, -5, -6]  # slots of two pictures
+FIRST, SECOND = [-1, -2, -3], [-4, -5, -6]  # input ids of two pictures
 
 
 @pytest.mark.parametrize(
-    ("slots", "numbers", "lengths"),
+    ("input_ids", "numbers", "lengths"),
     [
         ([7, 8], [0, 0], [1, 1]),
         ([7, *FIRST, 8], [0, 1, 1, 1, 0], [1, 3, 1]),
@@ -21,9 +21,9 @@ FIRST, SECOND = [-1, -2, -3], [-4, -5, -6]  # slots of two pictures
         ([], [], []),
     ],
 )
-def test_pictures_come_whole(slots: list[int], numbers: list[int], lengths: list[int]) -> None:
-    assert numbered(slots, T) == numbers
-    assert units(slots, T) == lengths
+def test_pictures_come_whole(input_ids: list[int], numbers: list[int], lengths: list[int]) -> None:
+    assert numbered(input_ids, T) == numbers
+    assert units(input_ids, T) == lengths
 
 
 def test_pictures_that_may_be_cut() -> None:

@@ -20,7 +20,7 @@ from stillgraph import load
 from stillgraph.dynamic import GrowingGraph, common
 from stillgraph.engine import Engine, Step
 from stillgraph.errors import StillgraphError
-from stillgraph.manifest import Alias, File, GraphEntry, Manifest, Source, Tokens, Weights
+from stillgraph.manifest import Alias, CheckpointSource, File, GraphEntry, Manifest, Tokens, Weights
 from stillgraph.session import Session
 from stillgraph.spec import (
     NEW,
@@ -37,7 +37,7 @@ from stillgraph.spec import (
 )
 
 V, C = 11, 16
-SHAPE = GraphShape(role="dynamic", slots=C, ctx=C)
+SHAPE = GraphShape(role="dynamic", max_len=C, ctx=C)
 SPEC = ModelSpec(
     architecture="MockForCausalLM",
     vocab_size=V,
@@ -72,8 +72,8 @@ def onnx_growing() -> bytes:
         ("Reshape", ["difference", "flat"], "held", {}),
         ("Size", ["held"], "count", {}),
         ("Add", ["count", "one"], "end", {}),
-        ("Range", ["one", "end", "one"], "slots", {}),
-        ("Cast", ["slots"], "weight", {"to": TensorProto.FLOAT}),
+        ("Range", ["one", "end", "one"], "positions", {}),
+        ("Cast", ["positions"], "weight", {"to": TensorProto.FLOAT}),
         ("Mul", ["held", "weight"], "weighted", {}),
         ("ReduceSum", ["weighted"], "sum", {}),
         ("Mod", ["sum", "v"], "next", {"fmod": 1}),
@@ -114,7 +114,7 @@ def bundle(tmp_path: Path) -> Path:
         ),
     )
     manifest = Manifest(
-        source=Source(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
+        source=CheckpointSource(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
         model=SPEC,
         target="portable",
         precision="fp32",
@@ -248,7 +248,7 @@ def test_common(cached: list[int], prompt: list[int], count: int) -> None:
 
 
 def test_ports_have_the_names_of_static_ones_and_lengths_for_slots() -> None:
-    static = GraphShape(role="decode", slots=1, ctx=C)
+    static = GraphShape(role="decode", max_len=1, ctx=C)
     names = {port.name for port in input_ports(SPEC, static)} - {"past_length"}
     assert {port.name for port in input_ports(SPEC, SHAPE)} == names
     assert [p.name for p in output_ports(SPEC, SHAPE)] == [p.name for p in output_ports(SPEC, static)]
@@ -263,10 +263,10 @@ def test_ports_have_the_names_of_static_ones_and_lengths_for_slots() -> None:
         _ = past.nbytes
 
 
-@pytest.mark.parametrize("change", [{"batch": 2}, {"slots": 8}, {"ctx": None}, {"slack": C}])
+@pytest.mark.parametrize("change", [{"batch": 2}, {"max_len": 8}, {"ctx": None}, {"slack": C}])
 def test_dynamic_shapes_that_cannot_be(change: dict[str, int | None]) -> None:
     with pytest.raises(ValidationError):
-        GraphShape(**({"role": "dynamic", "slots": C, "ctx": C} | change))
+        GraphShape(**({"role": "dynamic", "max_len": C, "ctx": C} | change))
 
 
 def test_lengths_are_for_dynamic_graphs_alone(bundle: Path) -> None:

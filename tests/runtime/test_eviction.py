@@ -95,7 +95,7 @@ class Op:
         for index, layer in enumerate(self.layers):
             key, value = (arrays[name][row, 0, :, 0] for name in past_names(index))
             evicts, capacity = self.shape.evicts(layer), len(key)
-            assert evicts or past + self.shape.slots <= capacity, "the padded chunk does not fit"
+            assert evicts or past + self.shape.max_len <= capacity, "the padded chunk does not fit"
             window = layer.window if evicts else None
             first, next_first = (first_held(capacity, window, length) for length in (past, past + new))
             # NaN that is read is no integer
@@ -111,7 +111,7 @@ class Op:
 def engine_of(
     windows: Sequence[int | None] = (5, None, 8),
     slack: int = 3,
-    slots: int = 4,
+    max_len: int = 4,
     ctx: int = 150,
     batch: int = 1,
     one_at_a_time: bool = False,
@@ -124,8 +124,8 @@ def engine_of(
         head_dim=1, max_position_embeddings=ctx, layers=layers,
     )  # fmt: skip
     entries = [
-        entry(spec, GraphShape(role="prefill", batch=batch, slots=slots, ctx=ctx, slack=slack)),
-        entry(spec, GraphShape(role="decode", batch=batch, slots=1, ctx=ctx, slack=slack)),
+        entry(spec, GraphShape(role="prefill", batch=batch, max_len=max_len, ctx=ctx, slack=slack)),
+        entry(spec, GraphShape(role="decode", batch=batch, max_len=1, ctx=ctx, slack=slack)),
     ]
     pair = GraphPair(*entries, layers, lambda graph: Op(graph.shape, layers, calls), one_at_a_time)
     tokens = Tokens(bos=None, pad=None, stop=tuple(stop))
@@ -160,11 +160,11 @@ def batch_tokens(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -
 @given(st.integers(1, 40), st.integers(0, 70), st.integers(0, 300))
 @settings(deadline=None, max_examples=100)
 def test_first_position_is_the_rule_of_the_op(window: int, slack: int, length: int) -> None:
-    shape, layer = GraphShape(role="decode", slots=1, ctx=300, slack=slack), layers_of(window)[0]
+    shape, layer = GraphShape(role="decode", max_len=1, ctx=300, slack=slack), layers_of(window)[0]
     assert shape.first_position(layer, length) == first_held(shape.capacity(layer), window, length)
 
 
-GEOMETRIES: list[tuple[tuple[int | None, ...], int, int]] = [  # windows, slack, slots
+GEOMETRIES: list[tuple[tuple[int | None, ...], int, int]] = [  # windows, slack, max_len
     ((5, None, 8), 3, 4),
     ((5, 5), 16, 4),
     ((48, None), 15, 16),
@@ -173,15 +173,15 @@ GEOMETRIES: list[tuple[tuple[int | None, ...], int, int]] = [  # windows, slack,
 ]
 
 
-@pytest.mark.parametrize(("windows", "slack", "slots"), GEOMETRIES)
-def test_long_texts_past_several_evictions(windows: Any, slack: int, slots: int) -> None:
+@pytest.mark.parametrize(("windows", "slack", "max_len"), GEOMETRIES)
+def test_long_texts_past_several_evictions(windows: Any, slack: int, max_len: int) -> None:
     ctx = 150
-    for length in (1, slots, slots + 1, 2 * slots + 1, 77, ctx - 1, ctx):
-        engine, calls = engine_of(windows, slack, slots, ctx)
+    for length in (1, max_len, max_len + 1, 2 * max_len + 1, 77, ctx - 1, ctx):
+        engine, calls = engine_of(windows, slack, max_len, ctx)
         steps = list(engine.stream(prompt_of(length), max_new_tokens=1000))
         assert [step.token for step in steps] == greedy(prompt_of(length), ctx - length + 1, windows)
         assert steps[-1].finish_reason == "context"
-        assert sum(role == "prefill" for role, _, _ in calls) == -(-length // slots)
+        assert sum(role == "prefill" for role, _, _ in calls) == -(-length // max_len)
 
 
 def test_one_graph_at_a_time_over_a_window_that_moves() -> None:
@@ -192,7 +192,7 @@ def test_one_graph_at_a_time_over_a_window_that_moves() -> None:
 
 def test_a_row_of_one_token_beside_one_of_900() -> None:
     windows = (48, None, 5)
-    engine, calls = engine_of(windows, slack=63, slots=64, ctx=1000, batch=3)
+    engine, calls = engine_of(windows, slack=63, max_len=64, ctx=1000, batch=3)
     prompts = [prompt_of(1), prompt_of(900), prompt_of(17)]  # 15 chunks: 17 tokens last, 1 token cannot
     assert batch_tokens(engine, prompts, 20) == [greedy(prompt, 20, windows) for prompt in prompts]
     assert sum(role == "prefill" for role, _, _ in calls) == 15
@@ -228,7 +228,7 @@ def test_rows_that_stop_early(stop: int) -> None:
 
 def test_what_a_chat_appends_is_all_that_is_computed() -> None:
     """Past any number of evictions, as long as nothing of the cache is taken back."""
-    engine, calls = engine_of(slack=3, slots=4)
+    engine, calls = engine_of(slack=3, max_len=4)
     ids = prompt_of(6)
     for turn in range(10):
         held = len(engine.graphs.cached[0])
@@ -242,7 +242,7 @@ def test_what_a_chat_appends_is_all_that_is_computed() -> None:
 @pytest.mark.parametrize(("back", "start"), [(1, 89), (3, 87), (6, 0)])
 def test_a_text_that_parts_goes_back_only_where_the_window_has_not_moved(back: int, start: int) -> None:
     """Capacity 20 and window 5 move on by 16 tokens: at 21, 37, 53, 69, 85; 90 tokens hold those from 80."""
-    engine, calls = engine_of((5, None), slack=15, slots=16)
+    engine, calls = engine_of((5, None), slack=15, max_len=16)
     ids = prompt_of(90)
     batch_tokens(engine, [ids], 1)
     calls.clear()
@@ -263,7 +263,7 @@ def test_a_row_with_too_little_left_for_every_chunk_begins_anew() -> None:
 
 def test_every_layer_has_a_say_in_going_back() -> None:
     """The layer of window 20 has room for all so far; that of window 4 has moved on."""
-    engine, calls = engine_of((20, 4, None), slack=3, slots=4)
+    engine, calls = engine_of((20, 4, None), slack=3, max_len=4)
     ids = prompt_of(15)
     batch_tokens(engine, [ids], 1)
     calls.clear()
@@ -285,15 +285,15 @@ def requests(draw: st.DrawFn, rows: int) -> list[tuple[list[tuple[int, int]], in
 def test_any_requests_give_what_a_fresh_engine_gives(
     data: st.DataObject, geometry: Any, rows: int, seed: int
 ) -> None:
-    windows, slack, slots = geometry
-    engine, _ = engine_of(windows, slack, slots, ctx=130, batch=rows)
+    windows, slack, max_len = geometry
+    engine, _ = engine_of(windows, slack, max_len, ctx=130, batch=rows)
     rng, texts = np.random.default_rng(seed), [[] for _ in range(rows)]
     for prompts, count in data.draw(requests(rows)):
         asked = [
             [*text[:kept], *rng.integers(0, V, new).tolist()][:130]
             for text, (kept, new) in zip(texts, prompts, strict=False)
         ]
-        fresh, _ = engine_of(windows, slack, slots, ctx=130, batch=rows)
+        fresh, _ = engine_of(windows, slack, max_len, ctx=130, batch=rows)
         found = batch_tokens(engine, asked, count)
         assert found == batch_tokens(fresh, asked, count)
         assert found == [greedy(ids, min(count, 130 - len(ids) + 1), windows) for ids in asked]

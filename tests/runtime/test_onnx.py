@@ -31,7 +31,7 @@ def test_rows_over_one_graph(bundle_of, greedy) -> None:
 
 
 def test_a_prompt_in_chunks_up_to_the_last_slot(bundle_of, greedy) -> None:
-    engine = load(bundle_of(slots=8, ctx=20), threads=1)
+    engine = load(bundle_of(max_len=8, ctx=20), threads=1)
     prompt = [(5 * slot + 2) % VOCAB for slot in range(18)]
     steps = list(engine.stream(prompt))
     assert [step.token for step in steps] == greedy(prompt, 3, VOCAB)

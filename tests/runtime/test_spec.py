@@ -1,6 +1,6 @@
 """The slots of a cache: what each layer holds and where, against the op that moves its window on by itself.
 
-Shapes: B rows, S token slots, C cache slots, D head size.
+Shapes: B rows, S tokens, C cache slots, D head size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FULL = LayerSpec(kind="full_attention")
 B, D, CTX = 2, 8, 150
 JUNK = 1e6  # in padding and in slots that hold nothing; a mean over one of them is far off
 WINDOWS = (1, 2, 5, 8, 48)
-SLACKS = {1: (0, 1, 6, 128), 4: (3, 4, 9, 60), 16: (15, 40), 33: (32, 100)}  # by slots
+SLACKS = {1: (0, 1, 6, 128), 4: (3, 4, 9, 60), 16: (15, 40), 33: (32, 100)}  # by max_len
 
 
 def sliding(window: int) -> LayerSpec:
@@ -34,7 +34,7 @@ def operator(shape: GraphShape, layer: LayerSpec) -> ort.InferenceSession:
     from onnx import TensorProto, helper
 
     float32, int32 = TensorProto.FLOAT, TensorProto.INT32
-    new, past = [B, shape.slots, D], [B, 1, shape.capacity(layer), D]
+    new, past = [B, shape.max_len, D], [B, 1, shape.capacity(layer), D]
     inputs: list[tuple[str, int, list[int]]] = [("query", float32, new), ("key", float32, new)]
     inputs += [("value", float32, new), ("past_key", float32, past), ("past_value", float32, past)]
     inputs += [("seqlens_k", int32, [B]), ("total", int32, []), ("query_seqlens", int32, [B])]
@@ -69,9 +69,9 @@ class Rows:
         self.past = {name: np.full(slots, JUNK, np.float32) for name in ("past_key", "past_value")}
 
     def feed(self, shape: GraphShape, new: np.ndarray) -> None:
-        """One call with `new` [B] valid tokens in `shape.slots`."""
-        positions = self.lengths[:, None] + np.arange(1, shape.slots + 1)
-        keys = np.where(np.arange(shape.slots) < new[:, None], positions, JUNK).astype(np.float32)
+        """One call with `new` [B] valid tokens in `shape.max_len`."""
+        positions = self.lengths[:, None] + np.arange(1, shape.max_len + 1)
+        keys = np.where(np.arange(shape.max_len) < new[:, None], positions, JUNK).astype(np.float32)
         keys = np.repeat(keys[..., None], D, axis=2)
         total = np.array(shape.limit + (shape.slack or 0), np.int32)
         feeds = {"query": np.zeros_like(keys), "key": keys, "value": 2 * keys, **self.past, "total": total}
@@ -107,23 +107,27 @@ class Rows:
             )
 
 
-def shapes(slots: int, slack: int) -> tuple[GraphShape, GraphShape]:
+def shapes(max_len: int, slack: int) -> tuple[GraphShape, GraphShape]:
     common: dict[str, Any] = {"batch": B, "ctx": CTX, "slack": slack}
-    return GraphShape(role="prefill", slots=slots, **common), GraphShape(role="decode", slots=1, **common)
+    return GraphShape(role="prefill", max_len=max_len, **common), GraphShape(
+        role="decode", max_len=1, **common
+    )
 
 
-@pytest.mark.parametrize(("slots", "slack"), [(s, slack) for s, slacks in SLACKS.items() for slack in slacks])
+@pytest.mark.parametrize(
+    ("max_len", "slack"), [(s, slack) for s, slacks in SLACKS.items() for slack in slacks]
+)
 @pytest.mark.parametrize("window", [*WINDOWS, None])
-def test_the_op_holds_what_first_position_says(window: int | None, slots: int, slack: int) -> None:
+def test_the_op_holds_what_first_position_says(window: int | None, max_len: int, slack: int) -> None:
     """Chunks of any length, single tokens between them, rows of different lengths, up to the last slot."""
-    prefill, decode = shapes(slots, slack)
+    prefill, decode = shapes(max_len, slack)
     rows = Rows(prefill, FULL if window is None else sliding(window))
-    rng = np.random.default_rng(slots * 1000 + slack)
+    rng = np.random.default_rng(max_len * 1000 + slack)
     while (room := CTX - int(rows.lengths.max())) > 0:
         if rng.random() < 0.3:
             rows.feed(decode, np.ones(B, np.int64))
         else:
-            rows.feed(prefill, rng.integers(1, min(slots, room) + 1, B))
+            rows.feed(prefill, rng.integers(1, min(max_len, room) + 1, B))
     assert rows.lengths.max() == CTX
 
 
@@ -150,7 +154,7 @@ def test_the_last_tokens_fed_again_are_the_same_where_the_window_has_not_moved(s
 @settings(deadline=None, max_examples=300)
 @given(st.integers(1, 60), st.integers(0, 70), st.integers(2, 200), st.data())
 def test_what_a_token_sees_is_always_held(window: int, slack: int, ctx: int, data: st.DataObject) -> None:
-    shape, layer = GraphShape(role="decode", slots=1, ctx=ctx, slack=slack), sliding(window)
+    shape, layer = GraphShape(role="decode", max_len=1, ctx=ctx, slack=slack), sliding(window)
     length = data.draw(st.integers(1, ctx))
     first = shape.first_position(layer, length)
     assert first <= max(0, length - window)
@@ -160,7 +164,7 @@ def test_what_a_token_sees_is_always_held(window: int, slack: int, ctx: int, dat
 
 
 def test_capacities() -> None:
-    shape = GraphShape(role="prefill", slots=16, ctx=100, slack=20)
+    shape = GraphShape(role="prefill", max_len=16, ctx=100, slack=20)
     assert [shape.capacity(layer) for layer in (FULL, sliding(8), sliding(90), sliding(300))] == [
         120,
         28,
@@ -173,20 +177,20 @@ def test_capacities() -> None:
         True,
         False,
     ]
-    portable = GraphShape(role="prefill", slots=16, ctx=100)
+    portable = GraphShape(role="prefill", max_len=16, ctx=100)
     assert (portable.capacity(sliding(8)), portable.evicts(sliding(8)), portable.limit) == (100, False, 100)
     assert portable.first_position(sliding(8), 100) == 0
-    alone = GraphShape(role="prefill", slots=16)
+    alone = GraphShape(role="prefill", max_len=16)
     assert (alone.limit, alone.capacity(FULL), alone.capacity(sliding(8))) == (16, 16, 16)
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"role": "prefill", "slots": 16, "slack": 16},
-        {"role": "prefill", "slots": 16, "ctx": 100, "slack": 14},
-        {"role": "decode", "slots": 1, "ctx": 100, "slack": -1},
-        {"role": "decode", "slots": 2, "ctx": 100},
+        {"role": "prefill", "max_len": 16, "slack": 16},
+        {"role": "prefill", "max_len": 16, "ctx": 100, "slack": 14},
+        {"role": "decode", "max_len": 1, "ctx": 100, "slack": -1},
+        {"role": "decode", "max_len": 2, "ctx": 100},
     ],
 )
 def test_shapes_that_cannot_be(values: dict[str, Any]) -> None:

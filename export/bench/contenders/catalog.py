@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from stillgraph.exporter.bench.contender import Contender, Making, Source
+from stillgraph.exporter.bench.contender import Contender, ContenderSource, Making
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
@@ -36,7 +36,7 @@ class Peer:
     def python(self, work: Path) -> Path:
         return work / "env" / self.name / "bin" / "python"
 
-    def contenders(self, source: Source) -> list[Contender]:
+    def contenders(self, source: ContenderSource) -> list[Contender]:
         folder = DEMO if source.checkpoint == "demo" else Path(source.checkpoint)
         python, file = self.python(source.work), HERE / self.script
         prepare = (str(python), str(file), "prepare", str(folder), str(source.models))
@@ -102,7 +102,7 @@ PEERS = (
 )
 
 
-def find(source: Source) -> list[Contender]:
+def find(source: ContenderSource) -> list[Contender]:
     """PyTorch in fp32 and bf16, then every model of every peer, those that are not installed too."""
     missing = None if find_spec("torch") and find_spec("transformers") else EXTRA
     eager = [

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from stillgraph.exporter.bench.report import Hotspot, Machine, Memory, Profile, Report, Result, Run, Setting
+from stillgraph.exporter.bench.report import (
+    Hotspot,
+    Machine,
+    MemoryTrace,
+    Profile,
+    Report,
+    Result,
+    Run,
+    Setting,
+)
 
 COLUMNS = [
     "contender",
@@ -55,12 +64,12 @@ def run(turn: int, kind: tuple[Any, ...], tokens: int = 64, pss: bool = True, sc
     )
 
 
-def memory(kind: tuple[Any, ...]) -> Memory:
+def memory(kind: tuple[Any, ...]) -> MemoryTrace:
     _, _, ttft, tpot, load, peak, _ = kind
     request = [load + 1.3 * ttft + 8 * tpot, load + 2.3 * ttft + 8 * tpot]
     end = request[1] + 63 * tpot
     grow = [(end * n / 80, min(1.0, 0.1 + end * n / 80 / (load + ttft))) for n in range(81)]
-    return Memory(
+    return MemoryTrace(
         samples=tuple((ms, peak * share) for ms, share in grow),
         marks=(
             (0.0, "load"),

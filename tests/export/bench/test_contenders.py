@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stillgraph.exporter.bench.contender import Source
+from stillgraph.exporter.bench.contender import ContenderSource
 from stillgraph.exporter.bench.contenders.catalog import PEERS, find
 from stillgraph.exporter.bench.contenders.transformers4 import folder_for_transformers4
 from stillgraph.exporter.bench.interleave import Entry, prepare
@@ -23,8 +23,8 @@ from stillgraph.exporter.bench.worker import Request
 from stillgraph.manifest import read
 
 
-def source(checkpoint: Path, work: Path, sha256: str = "0" * 64) -> Source:
-    return Source(str(checkpoint), sha256, work, work / "models", 64)
+def source(checkpoint: Path, work: Path, sha256: str = "0" * 64) -> ContenderSource:
+    return ContenderSource(str(checkpoint), sha256, work, work / "models", 64)
 
 
 def test_peers_that_are_not_installed_say_how_to_install_them(tmp_path) -> None:
@@ -63,7 +63,7 @@ def test_each_peer_can_be_the_first_in_a_work_folder(peer, absolute, tmp_path, m
     touched = "".join(f'touch "$4/{model}" || exit 1\n' for model in peer.models)
     python.write_text(f'#!/bin/sh\ntest "$2" = prepare && test -d "$3" || exit 1\n{touched}')
     python.chmod(0o755)
-    made = Source(str(checkpoint), "0" * 64, work.resolve(), (work / "000000000000").resolve(), 64)
+    made = ContenderSource(str(checkpoint), "0" * 64, work.resolve(), (work / "000000000000").resolve(), 64)
     setting = Setting(prompt_tokens=4, new_tokens=4, ctx=64, threads=1)
     entries = [Entry(c, setting) for c in find(made) if c.group == peer.name]
     prepare(entries, lambda line: None)

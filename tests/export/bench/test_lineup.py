@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from stillgraph.cli import main
-from stillgraph.exporter.bench.contender import Contender, Source
+from stillgraph.exporter.bench.contender import Contender, ContenderSource
 from stillgraph.exporter.bench.lineup import lineup, open_subject
 from stillgraph.exporter.bench.variants import form
 
-SOURCE = Source("somewhere", "0" * 64, Path("work"), Path("work/models"), 1024)
+SOURCE = ContenderSource("somewhere", "0" * 64, Path("work"), Path("work/models"), 1024)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_a_compiled_bundle_has_the_same_parts(tiny_bundle: Bundle, tmp_path: Pat
 
 
 def test_a_prompt_in_chunks_and_rows(tiny_bundle: Bundle) -> None:
-    """Twenty tokens into sixteen slots are two runs each time."""
+    """Twenty tokens with a max_len of sixteen are two runs each time."""
     prefill, decode = profiles(tiny_bundle(batch=3), list(range(2, 22)), 8, 1)
     assert (prefill.runs, decode.runs) == (6, 7)
     assert [spot.name for spot in decode.by_layer] == PARTS

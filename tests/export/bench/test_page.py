@@ -13,7 +13,7 @@ import pytest
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.bench.page import headline, page
-from stillgraph.exporter.bench.report import Memory, Report, Result, Setting
+from stillgraph.exporter.bench.report import MemoryTrace, Report, Result, Setting
 
 sys.path.insert(0, str(Path(__file__).parent))
 import example
@@ -133,8 +133,10 @@ ODD = {
     ],
     "one token": [example.result(kind, Setting(new_tokens=1)) for kind in example.KINDS[:2]],
     "two tokens": [example.result(KIND, Setting(new_tokens=2))],
-    "no samples": [example.result(KIND, SETTING, memory=Memory(samples=(), marks=()))],
-    "one sample, no marks": [example.result(KIND, SETTING, memory=Memory(samples=((1.0, 2.0),), marks=()))],
+    "no samples": [example.result(KIND, SETTING, memory=MemoryTrace(samples=(), marks=()))],
+    "one sample, no marks": [
+        example.result(KIND, SETTING, memory=MemoryTrace(samples=((1.0, 2.0),), marks=()))
+    ],
     "reference failed": [
         example.result(KIND, SETTING),
         Result(name="llama-q4_0", label="L", setting=SETTING, note="killed"),

@@ -19,8 +19,8 @@ from stillgraph.manifest import Manifest, check_files, read
 from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
-PREFILL = GraphShape(role="prefill", slots=16, ctx=40)
-DECODE = GraphShape(role="decode", slots=1, ctx=40)
+PREFILL = GraphShape(role="prefill", max_len=16, ctx=40)
+DECODE = GraphShape(role="decode", max_len=1, ctx=40)
 
 
 class Apart(NamedTuple):
@@ -102,7 +102,7 @@ def test_in_two_exports_or_in_one_the_graphs_are_the_same(
 def test_another_graph_of_a_role_takes_the_place_of_the_first(
     own: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    prefill = GraphShape(role="prefill", slots=8, ctx=40)
+    prefill = GraphShape(role="prefill", max_len=8, ctx=40)
     manifest = make(tiny_checkpoint(), own, prefill)
     assert set(manifest.graphs) == {"prefill-8", "decode-40"}
     assert {path.name for path in own.glob("*.onnx")} == {"prefill-8.onnx", "decode-40.onnx"}

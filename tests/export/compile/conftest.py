@@ -1,6 +1,6 @@
 """Small bundles of two graphs made without a model: the ops that ONNX Runtime packs weights for, and a cache.
 
-Shapes: S token slots, C cache slots, V vocabulary, H hidden size, N rows of the matrices.
+Shapes: S tokens, C cache slots, V vocabulary, H hidden size, N rows of the matrices.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from stillgraph.manifest import (
     MANIFEST,
     Alias,
+    CheckpointSource,
     File,
     GraphEntry,
     Manifest,
-    Source,
     Tokens,
     Weights,
     sha256,
@@ -29,7 +29,7 @@ from stillgraph.spec import GraphShape, LayerSpec, ModelSpec, input_ports, outpu
 
 Arrays = dict[str, np.ndarray]
 V, H, N, BLOCK, CTX = 96, 256, 512, 32, 12
-SHAPES = (GraphShape(role="prefill", slots=4, ctx=CTX), GraphShape(role="decode", slots=1, ctx=CTX))
+SHAPES = (GraphShape(role="prefill", max_len=4, ctx=CTX), GraphShape(role="decode", max_len=1, ctx=CTX))
 SPEC = ModelSpec(
     architecture="Mock",
     vocab_size=V,
@@ -77,7 +77,7 @@ def quantized_nodes() -> list[onnx.NodeProto]:
         helper.make_node("MatMulNBits", ["scaled", "gate", "gate_scales"], ["g"], N=N, **ms, **INT4),
         helper.make_node("Mul", ["u", "g"], ["product"]),
         helper.make_node("ReduceSum", ["product", "last_axes"], ["sum"], keepdims=1),  # [1, 1, 1]
-        helper.make_node("ReduceMean", ["scaled", "slots"], ["mean"], keepdims=1),  # [1, 1, H]
+        helper.make_node("ReduceMean", ["scaled", "token_axis"], ["mean"], keepdims=1),  # [1, 1, H]
         helper.make_node("Add", ["mean", "sum"], ["mixed"]),
         helper.make_node("MatMulNBits", ["mixed", "head", "head_scales"], ["logits"], N=V, **ms, **INT4),
         helper.make_node("Add", ["past_key_values.0.key", "sum"], ["present.0.key"]),
@@ -90,7 +90,7 @@ def float_nodes() -> list[onnx.NodeProto]:
         helper.make_node("Gather", ["table", "input_ids"], ["x"]),  # [1, S, H]
         helper.make_node("MatMul", ["x", "up"], ["u"]),
         helper.make_node("ReduceSum", ["u", "last_axes"], ["sum"], keepdims=1),
-        helper.make_node("ReduceMean", ["x", "slots"], ["mean"], keepdims=1),
+        helper.make_node("ReduceMean", ["x", "token_axis"], ["mean"], keepdims=1),
         helper.make_node("MatMul", ["mean", "head"], ["logits"]),
         helper.make_node("Add", ["past_key_values.0.key", "sum"], ["present.0.key"]),
         helper.make_node("Add", ["past_key_values.0.value", "sum"], ["present.0.value"]),
@@ -101,7 +101,7 @@ def write_graph(path: Path, shape: GraphShape, nodes: list[onnx.NodeProto], outs
     kinds = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
     inside = [
         numpy_helper.from_array(np.array([1, 2]), "last_axes"),
-        numpy_helper.from_array(np.array([1]), "slots"),
+        numpy_helper.from_array(np.array([1]), "token_axis"),
     ]
     ports = [
         [helper.make_tensor_value_info(port.name, kinds[port.dtype], port.shape) for port in items]
@@ -148,7 +148,7 @@ def write_bundle(bundle: Path, precision: str, nodes: list[onnx.NodeProto], arra
         )
     values: dict[str, Any] = {"target": "portable", "precision": precision, "tools": {}, "files": ()}
     manifest = Manifest(
-        source=Source(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
+        source=CheckpointSource(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
         model=SPEC,
         graphs=entries,
         weights=Weights(file=described(bundle, "weights.data"), tensors={}),

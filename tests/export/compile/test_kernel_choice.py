@@ -68,13 +68,13 @@ def test_the_faster_prefill_is_compiled_and_loaded(
     fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, channels: int, chosen: Form
 ) -> None:
     bundle = Path(shutil.copytree(fast, tmp_path / "bundle"))
-    slots = read(bundle).all_of("prefill")[0].shape.slots
+    max_len = read(bundle).all_of("prefill")[0].shape.max_len
     monkeypatch.setattr(
-        kernel_choice, "time_products", lambda *asked: timed(float(blocks), float(channels), slots)
+        kernel_choice, "time_products", lambda *asked: timed(float(blocks), float(channels), max_len)
     )
     compiled = compile_bundle(bundle, silent)
     assert compiled.products is not None
-    prefill = f"prefill-{slots}" + ("-int8" if chosen == "channels" else "")
+    prefill = f"prefill-{max_len}" + ("-int8" if chosen == "channels" else "")
     (decode,) = (entry.shape.name for entry in read(bundle).all_of("decode"))
     assert compiled.products.chosen == {prefill: chosen, decode: "blocks"}
     assert {Path(graph.source.path).stem for graph in compiled.graphs} == {prefill, decode}
@@ -88,7 +88,7 @@ def test_the_faster_prefill_is_compiled_and_loaded(
     assert len([step.token for step in engine.stream([5, 9, 11], max_new_tokens=4)]) == 4
     opened.clear()
     load(bundle, threads=1, compiled=False)
-    assert sorted(opened) == [f"{decode}.onnx", f"prefill-{slots}-int8.onnx"]
+    assert sorted(opened) == [f"{decode}.onnx", f"prefill-{max_len}-int8.onnx"]
 
 
 def without_int8(manifest: Manifest) -> Manifest:
@@ -98,8 +98,8 @@ def without_int8(manifest: Manifest) -> Manifest:
 
 def test_what_would_be_faster_is_told_with_its_option(fast: Path) -> None:
     manifest = read(fast)
-    slots = manifest.all_of("prefill")[0].shape.slots
-    slow, even = timed(2.0, 1.0, slots), timed(1.0, 1.0, slots)
+    max_len = manifest.all_of("prefill")[0].shape.max_len
+    slow, even = timed(2.0, 1.0, max_len), timed(1.0, 1.0, max_len)
     assert kernel_choice.advice(manifest, slow) is None, "the bundle has it"
     told = kernel_choice.advice(without_int8(manifest), slow)
     assert told is not None

@@ -1,6 +1,6 @@
 """Gemma 3 with its tower against transformers, where the tokens of a picture see each other.
 
-The small one has 9 tokens a picture, a window of 5 and a prefill of 16 slots; its onnxruntime target moves
+The small one has 9 tokens a picture, a window of 5 and a prefill of 16 tokens; its onnxruntime target moves
 the windows on every 16 tokens. Shapes: T features of a picture.
 """
 

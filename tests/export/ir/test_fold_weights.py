@@ -9,7 +9,14 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional
 
-from stillgraph.exporter.ir.fold_weights import Recipe, Step, Tensors, joined, take_out, take_out_constants
+from stillgraph.exporter.ir.fold_weights import (
+    Recipe,
+    Tensors,
+    WeightStep,
+    joined,
+    take_out,
+    take_out_constants,
+)
 
 SOURCE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -22,21 +29,26 @@ TENSORS = Tensors({"w": SOURCE, "v": torch.arange(5.0)}.__getitem__)
     ("shape", "dtype", "steps", "expected"),
     [
         ((3, 4), FLOAT, (), SOURCE.numpy()),
-        ((4, 3), FLOAT, (Step("Transpose", (1, 0)),), SOURCE.numpy().T),
-        ((3, 4), FLOAT, (Step("Add", 1.0),), SOURCE.numpy() + np.float32(1)),
-        ((3, 4), FLOAT, (Step("Mul", 0.37),), SOURCE.numpy() * np.float32(0.37)),
-        ((3, 4), HALF, (Step("Cast", HALF),), SOURCE.numpy().astype(np.float16)),
-        ((4, 3), HALF, (Step("Cast", HALF), Step("Transpose", (1, 0))), SOURCE.numpy().astype(np.float16).T),
+        ((4, 3), FLOAT, (WeightStep("Transpose", (1, 0)),), SOURCE.numpy().T),
+        ((3, 4), FLOAT, (WeightStep("Add", 1.0),), SOURCE.numpy() + np.float32(1)),
+        ((3, 4), FLOAT, (WeightStep("Mul", 0.37),), SOURCE.numpy() * np.float32(0.37)),
+        ((3, 4), HALF, (WeightStep("Cast", HALF),), SOURCE.numpy().astype(np.float16)),
+        (
+            (4, 3),
+            HALF,
+            (WeightStep("Cast", HALF), WeightStep("Transpose", (1, 0))),
+            SOURCE.numpy().astype(np.float16).T,
+        ),
         (
             (3, 4),
             FLOAT,
-            (Step("Add", 1.0), Step("Mul", 2.0)),
+            (WeightStep("Add", 1.0), WeightStep("Mul", 2.0)),
             (SOURCE.numpy() + np.float32(1)) * np.float32(2),
         ),
     ],
 )
 def test_make_is_numpy(
-    shape: tuple[int, ...], dtype: ir.DataType, steps: tuple[Step, ...], expected: np.ndarray
+    shape: tuple[int, ...], dtype: ir.DataType, steps: tuple[WeightStep, ...], expected: np.ndarray
 ) -> None:
     recipe = Recipe(("w",), shape, dtype, steps)
     made = recipe.make(TENSORS)
@@ -47,7 +59,9 @@ def test_make_is_numpy(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_checkpoints_are_widened_first(dtype: torch.dtype) -> None:
-    made = Recipe(("w",), (3, 4), FLOAT, (Step("Add", 1.0),)).make(Tensors(lambda name: SOURCE.to(dtype)))
+    made = Recipe(("w",), (3, 4), FLOAT, (WeightStep("Add", 1.0),)).make(
+        Tensors(lambda name: SOURCE.to(dtype))
+    )
     np.testing.assert_array_equal(made, SOURCE.to(dtype).float().numpy() + np.float32(1))
 
 

@@ -19,7 +19,7 @@ from stillgraph.exporter import weights
 from stillgraph.exporter.ir.fold_weights import Weight, take_out
 from stillgraph.exporter.ir.simplify import static_problem
 from stillgraph.exporter.quantize import layouts
-from stillgraph.exporter.quantize.lower import Plan, lower
+from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Precision, Quantization, Target, Weights
 
@@ -76,11 +76,11 @@ class Case:
         return np.arange(2 * self.tokens).reshape(2, self.tokens) % self.entries
 
 
-def plan(target: Target, precision: Precision, *, fast: bool = False, **values: Any) -> Plan:
-    return Plan(target, precision, Quantization(**{"block_size": 32, **values}), fast)
+def plan(target: Target, precision: Precision, *, fast: bool = False, **values: Any) -> StoragePlan:
+    return StoragePlan(target, precision, Quantization(**{"block_size": 32, **values}), fast)
 
 
-def lowered(case: Case, how: Plan, folder: Path) -> tuple[Path, Weights]:
+def lowered(case: Case, how: StoragePlan, folder: Path) -> tuple[Path, Weights]:
     model, recipes = case.model()
     recipes = lower(model, recipes, how)
     stored = weights.write(folder, recipes, case.tensor)
@@ -168,7 +168,7 @@ def test_onnxruntime_fuses_the_products_of_the_portable_graph(
                                  plan("onnxruntime", "int4", fast=True),
                                  plan("portable", "int8", symmetric=False)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("entries", [V, 6])
-def test_every_value_of_a_lowered_graph_is_static(how: Plan, entries: int, tmp_path: Path) -> None:
+def test_every_value_of_a_lowered_graph_is_static(how: StoragePlan, entries: int, tmp_path: Path) -> None:
     model, recipes = Case(entries).model()
     recipes = lower(model, recipes, how)
     proto = ir.to_proto(model)

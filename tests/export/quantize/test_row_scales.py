@@ -17,14 +17,14 @@ from onnx import TensorProto, helper
 
 from stillgraph.exporter import weights
 from stillgraph.exporter.ir.fold_weights import Weight, take_out
-from stillgraph.exporter.quantize.lower import Plan, lower
+from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Quantization
 
 pytestmark = pytest.mark.kernels
 K = 48
 NAMES = ("u.weight", "d.weight")
-FAST = Plan("onnxruntime", "int8", Quantization(block_size=32), fast=True)
+FAST = StoragePlan("onnxruntime", "int8", Quantization(block_size=32), fast=True)
 
 
 def tensor(name: str) -> torch.Tensor:

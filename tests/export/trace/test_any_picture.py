@@ -63,11 +63,11 @@ def test_features_and_logits(
         with torch.no_grad():
             features = model.get_image_features(pixel_values=pixels).pooler_output[0].numpy()
             logits = model(input_ids=text, pixel_values=pixels, **types).logits[0, -1].numpy()
-        slots = vision.place(ids, [image])
-        vision.see([slots], engine.graphs.release)
-        rows = np.zeros((len(slots), features.shape[1]), np.float32)
-        vision.fill(slots, rows)
-        found = rows[[slot < 0 for slot in slots]]
+        input_ids = vision.place(ids, [image])
+        vision.see([input_ids], engine.graphs.release)
+        rows = np.zeros((len(input_ids), features.shape[1]), np.float32)
+        vision.fill(input_ids, rows)
+        found = rows[[input_id < 0 for input_id in input_ids]]
         assert np.abs(found - features).max() <= FP32 * np.abs(features).max(), image
-        found = engine.graphs.prefill([slots])[0]
+        found = engine.graphs.prefill([input_ids])[0]
         assert np.abs(found - logits).max() <= FP32 * np.abs(logits).max(), image

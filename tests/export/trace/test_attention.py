@@ -17,14 +17,16 @@ from stillgraph.exporter.trace.static_cache import visible
 CLOSE = {"rtol": 0.0, "atol": 3e-6}
 
 
-def tensors(heads: int, kv_heads: int, slots: int, capacity: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(heads + slots)
+def tensors(
+    heads: int, kv_heads: int, tokens: int, capacity: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(heads + tokens)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     return (
-        normal(2, heads, slots, size),
+        normal(2, heads, tokens, size),
         normal(2, kv_heads, capacity, size),
         normal(2, kv_heads, capacity, size),
     )
@@ -55,18 +57,18 @@ def test_large_towers_attend_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("slots", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 8), (6, 3, 24), (4, 1, 24), (6, 2, 7)])
 def test_same_as_eager_attention(
-    heads: int, kv_heads: int, size: int, slots: int, softcap: float | None
+    heads: int, kv_heads: int, size: int, tokens: int, softcap: float | None
 ) -> None:
-    query, key, value = tensors(heads, kv_heads, slots, 9, size)
-    positions = torch.arange(slots)[None] + torch.tensor([0, 4])[:, None]
+    query, key, value = tensors(heads, kv_heads, tokens, 9, size)
+    positions = torch.arange(tokens)[None] + torch.tensor([0, 4])[:, None]
     seen = visible(positions, 9, window=3)
     mask = additive_mask(seen, heads // kv_heads)
     found, weights = portable_attention(nn.Module(), query, key, value, mask, 0.3, softcap, sliding_window=3)
     assert weights is None
-    assert found.shape == (2, slots, heads, size)
+    assert found.shape == (2, tokens, heads, size)
     torch.testing.assert_close(found, theirs(query, key, value, seen, softcap), **CLOSE)
 
 

@@ -227,11 +227,11 @@ def test_contexts_that_cannot_be(refused: Refused, checkpoint: Path, tmp_path: P
 def test_growing_and_static_graphs_do_not_share_a_bundle(
     refused: Refused, checkpoint: Path, bundle: Path, tiny_bundle: Callable[..., Path]
 ) -> None:
-    static, shape = tiny_bundle(DECODE, **LONG), GraphShape(role="dynamic", slots=40, ctx=40)
+    static, shape = tiny_bundle(DECODE, **LONG), GraphShape(role="dynamic", max_len=40, ctx=40)
     model = read(static).source.id
     with refused("export", "lengths static", "has growing", "--out"):
         export(ExportConfig(model=model, out=static), [shape], replace=False, say=lambda line: None)
-    decode = GraphShape(role="decode", slots=1, ctx=CTX)
+    decode = GraphShape(role="decode", max_len=1, ctx=CTX)
     with refused("export", "lengths growing", "has static"):
         export(
             ExportConfig(model=str(checkpoint), out=bundle), [decode], replace=False, say=lambda line: None
@@ -245,8 +245,8 @@ def test_the_command_makes_it_beside_the_static_bundle(monkeypatch: pytest.Monke
         result = CliRunner().invoke(cli.app, ["dynamic", *arguments])
         assert result.exit_code == 0, result.output
     assert asked == [
-        (Path("artifacts/demo-dynamic"), GraphShape(role="dynamic", slots=1024, ctx=1024)),
-        (Path("artifacts/tiny-dynamic"), GraphShape(role="dynamic", slots=64, ctx=64)),
+        (Path("artifacts/demo-dynamic"), GraphShape(role="dynamic", max_len=1024, ctx=1024)),
+        (Path("artifacts/tiny-dynamic"), GraphShape(role="dynamic", max_len=64, ctx=64)),
     ]
 
 

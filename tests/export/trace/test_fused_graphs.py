@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from stillgraph.exporter.ir.simplify import static_problem
-from stillgraph.exporter.quantize.lower import Plan
+from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.manifest import Quantization, read
 from stillgraph.spec import GraphShape
@@ -113,16 +113,18 @@ def test_a_fast_prefill_quantizes_each_input_once(tiny_bundle: Bundle, batch: in
 
 
 @pytest.mark.parametrize(
-    ("keep", "slots", "apart"), [({}, 16, True), ({"mlp": "fp32"}, 16, False), ({}, 1, False)]
+    ("keep", "max_len", "apart"), [({}, 16, True), ({"mlp": "fp32"}, 16, False), ({}, 1, False)]
 )
-def test_gate_and_up_are_apart_where_they_are_quantized_for_both(keep: Any, slots: int, apart: bool) -> None:
+def test_gate_and_up_are_apart_where_they_are_quantized_for_both(
+    keep: Any, max_len: int, apart: bool
+) -> None:
     """What is kept in fp32 is stored once for both graphs, so it has to be the same matrix in both."""
     how = Quantization(block_size=32, keep=keep, fast_prefill=True)
-    prefill = GraphShape(role="prefill", slots=slots, ctx=40, slack=15, int8_activations=True)
+    prefill = GraphShape(role="prefill", max_len=max_len, ctx=40, slack=15, int8_activations=True)
     plain = prefill.model_copy(update={"int8_activations": False})
-    decode = GraphShape(role="decode", slots=1, ctx=40, slack=15)
+    decode = GraphShape(role="decode", max_len=1, ctx=40, slack=15)
     for shape, expected in ((prefill, apart), (plain, False), (decode, False)):
-        assert Plan.of("onnxruntime", "int4", how, shape, None).apart(shape) is expected
+        assert StoragePlan.of("onnxruntime", "int4", how, shape, None).apart(shape) is expected
 
 
 def test_validation_passes_and_walks_to_the_last_slot(five: Path) -> None:

@@ -1,6 +1,6 @@
 """The shipped files in ONNX Runtime against transformers with its growing cache, on tiny odd models.
 
-Both targets; how a call is checked is in conftest.py. Shapes: P prompt slots, C cache slots.
+Both targets; how a call is checked is in conftest.py. Shapes: P prompt tokens, C cache slots.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def lengths_of(prompt: int, rows: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prompts_around_the_slots(tiny_bundle: Bundle, replay_of: Any, name: str) -> None:
+def test_prompts_around_max_len(tiny_bundle: Bundle, replay_of: Any, name: str) -> None:
     replay = replay_of(tiny_bundle(**CASES[name]), optimized=True)
     prompts = [1, 2, P - 1, P]
     if CASES[name].get("shapes") is not NO_CTX:
@@ -141,11 +141,11 @@ def test_prompt_in_chunks_without_optimizations(tiny_bundle: Bundle, replay_of: 
     replay.prefill(np.array([2 * P + 1]))
 
 
-@pytest.mark.parametrize("slots", [(1,), (3, P, 2, P), (P, P - 1, 9)])
-def test_chunks_that_are_not_full(tiny_bundle: Bundle, replay_of: Any, slots: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("counts", [(1,), (3, P, 2, P), (P, P - 1, 9)])
+def test_chunks_that_are_not_full(tiny_bundle: Bundle, replay_of: Any, counts: tuple[int, ...]) -> None:
     """As in a chat: a prompt, some tokens, and the next prompt behind them, with rows out of step."""
     replay = replay_of(tiny_bundle(**CASES["fused, batch 3, linear RoPE, published config"]), True)
-    for count in slots:
+    for count in counts:
         rows = np.maximum(1, count - np.array([0, 1, 7]))
         replay.call("prefill", replay.lengths, np.minimum(rows, CTX - replay.lengths))
         if replay.lengths.max() < CTX:

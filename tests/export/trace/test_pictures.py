@@ -1,6 +1,6 @@
 """Graphs of a model that sees, against transformers: features, prompts with pictures, and text from them.
 
-The small LLaVA has 10 tokens a picture, a prefill of 16 slots and a window of 5 in its second layer, so a
+The small LLaVA has 10 tokens a picture, a prefill of 16 tokens and a window of 5 in its second layer, so a
 picture is cut by the edges of chunks. Shapes: T features of a picture, V vocabulary.
 """
 
@@ -230,7 +230,7 @@ def test_a_bundle_without_a_vision_graph(
     config = request(
         model=str(tiny_checkpoint(family="llava")), target="portable", precision="fp32", batch=1, out=tmp_path
     )
-    shapes = [GraphShape(role="prefill", slots=P, ctx=CTX), GraphShape(role="decode", slots=1, ctx=CTX)]
+    shapes = [GraphShape(role="prefill", max_len=P, ctx=CTX), GraphShape(role="decode", max_len=1, ctx=CTX)]
     export(config, shapes, replace=False, say=quiet)
     engine = load(tmp_path, threads=1)
     assert list(engine.stream("abc", max_new_tokens=2))

@@ -173,10 +173,10 @@ def test_write_rows_of_different_lengths_heads_and_sizes() -> None:
 @settings(deadline=None)
 @given(st.data())
 def test_write_is_assignment_to_a_slice(data: st.DataObject) -> None:
-    capacity, slots = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
-    valid = data.draw(st.integers(0, min(slots, capacity)))
+    capacity, tokens = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    valid = data.draw(st.integers(0, min(tokens, capacity)))
     start = data.draw(st.integers(0, capacity - valid))
-    past, new = torch.randn(1, 2, capacity, 3), torch.randn(1, 2, slots, 3)
+    past, new = torch.randn(1, 2, capacity, 3), torch.randn(1, 2, tokens, 3)
     expected = past.clone()
     expected[:, :, start : start + valid] = new[:, :, :valid]
     assert torch.equal(write(past, new, torch.tensor([start]), torch.tensor([valid])), expected)

@@ -50,7 +50,7 @@ def test_edges_of_a_decode_alone(tiny_bundle: Bundle) -> None:
     assert list(edges(only(tiny_bundle(), "decode"))) == [1, 2, 4, 5, 6, 39]
 
 
-def test_edges_of_a_prefill_alone_end_at_its_slots(tiny_bundle: Bundle) -> None:
+def test_edges_of_a_prefill_alone_end_at_its_max_len(tiny_bundle: Bundle) -> None:
     bundle = tiny_bundle(shapes=[("prefill", 16, None), ("decode", 1, 40)])
     assert list(edges(only(bundle, "prefill"))) == [1, 2, 4, 5, 6, 15, 16]
 

@@ -1,4 +1,4 @@
-"""Pictures of a prompt: their slots, what is computed when, and what fills the rows. No ONNX Runtime here.
+"""Pictures of a prompt: their ids, what is computed when, and what fills the rows. No ONNX Runtime here.
 
 The stand-in for a vision graph gives picture pixels of value v the features v + 0, v + 1, v + 2.
 """
@@ -62,7 +62,7 @@ class Seer:
 
 
 def vision(seer: Seer, one_at_a_time: bool = False) -> Vision:
-    graph, preprocessor = entry(GraphShape(role="vision", slots=T)), Pixels()
+    graph, preprocessor = entry(GraphShape(role="vision", max_len=T)), Pixels()
     read: Any = lambda: preprocessor  # noqa: E731
     return Vision(SPEC, graph, read, seer.load, one_at_a_time)
 
@@ -73,9 +73,9 @@ def nothing() -> None: ...
 IDS = [1, IMAGE, IMAGE, IMAGE, 2]
 
 
-def rows_of(pictures: Vision, slots: list[int]) -> list[float]:
-    rows = np.full((len(slots), HIDDEN), -1, np.float32)
-    pictures.fill(slots, rows)
+def rows_of(pictures: Vision, input_ids: list[int]) -> list[float]:
+    rows = np.full((len(input_ids), HIDDEN), -1, np.float32)
+    pictures.fill(input_ids, rows)
     return [float(value) for value in rows[:, 0]]
 
 
@@ -83,17 +83,17 @@ def test_marks_become_image_tokens() -> None:
     assert vision(Seer()).expanded("a<image>b<image>", "#") == "a[###]b[###]"
 
 
-def test_features_fill_their_slots() -> None:
+def test_features_take_the_places_of_their_tokens() -> None:
     pictures = vision(Seer())
-    slots = pictures.place([*IDS, IMAGE, IMAGE, IMAGE], [10, 20])
-    assert [slot for slot in slots if slot >= 0] == [1, 2]
-    assert len(set(slots)) == len(slots)
-    pictures.see([slots], nothing)
-    assert rows_of(pictures, slots) == [-1, 10, 11, 12, -1, 20, 21, 22]
-    assert rows_of(pictures, slots[2:6]) == [11, 12, -1, 20]
+    input_ids = pictures.place([*IDS, IMAGE, IMAGE, IMAGE], [10, 20])
+    assert [input_id for input_id in input_ids if input_id >= 0] == [1, 2]
+    assert len(set(input_ids)) == len(input_ids)
+    pictures.see([input_ids], nothing)
+    assert rows_of(pictures, input_ids) == [-1, 10, 11, 12, -1, 20, 21, 22]
+    assert rows_of(pictures, input_ids[2:6]) == [11, 12, -1, 20]
 
 
-def test_the_same_pixels_have_the_same_slots_and_are_seen_once() -> None:
+def test_the_same_pixels_have_the_same_ids_and_are_seen_once() -> None:
     seer = Seer()
     pictures = vision(seer)
     first = pictures.place(IDS, [10])
@@ -109,8 +109,8 @@ def test_pictures_of_former_requests_are_forgotten_and_can_come_again() -> None:
     seer = Seer()
     pictures = vision(seer)
     first, second = pictures.place(IDS, [10]), pictures.place(IDS, [20])
-    for slots in (first, second):
-        pictures.see([pictures.place(IDS, [10 if slots is first else 20])], nothing)
+    for input_ids in (first, second):
+        pictures.see([pictures.place(IDS, [10 if input_ids is first else 20])], nothing)
     assert len(pictures._features) == 1
     pictures.see([pictures.place(IDS, [10])], nothing)
     assert seer.seen == [10, 20, 10]
@@ -127,10 +127,10 @@ def test_one_at_a_time_loads_when_others_have_left_and_leaves() -> None:
     seer, order = Seer(), list[str]()
     pictures = vision(seer, one_at_a_time=True)
     assert seer.loads == 0
-    slots = pictures.place(IDS, [10])
-    pictures.see([slots], lambda: order.append(f"released before {seer.loads}"))
+    input_ids = pictures.place(IDS, [10])
+    pictures.see([input_ids], lambda: order.append(f"released before {seer.loads}"))
     assert order == ["released before 0"]
-    pictures.see([slots], pytest.fail)  # type: ignore[arg-type]
+    pictures.see([input_ids], pytest.fail)  # type: ignore[arg-type]
     assert seer.loads == 1
     assert pictures._call is None
 
@@ -151,13 +151,13 @@ def test_pixels_of_another_size_than_the_graph_takes() -> None:
         def pixel_values(self, images: Sequence[int]) -> np.ndarray:
             return np.zeros((len(images), 1, 2, 3), np.float32)
 
-    pictures = Vision(SPEC, entry(GraphShape(role="vision", slots=T)), Other, Seer().load)  # type: ignore[arg-type]
+    pictures = Vision(SPEC, entry(GraphShape(role="vision", max_len=T)), Other, Seer().load)  # type: ignore[arg-type]
     with pytest.raises(StillgraphError, match=r"become \(1, 2, 3\) .* takes \(1, 2, 2\)"):
         pictures.place(IDS, [1])
 
 
 def test_the_embedder_writes_where_the_prefill_reads() -> None:
-    """A stand-in gives each id itself as its embedding; fill marks slots below zero."""
+    """A stand-in gives each id itself as its embedding; fill marks ids below zero."""
 
     class Table:
         def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
@@ -166,12 +166,12 @@ def test_the_embedder_writes_where_the_prefill_reads() -> None:
 
             return call
 
-    def fill(slots: Sequence[int], rows: np.ndarray) -> None:
-        for index, slot in enumerate(slots):
-            if slot < 0:
-                rows[index] = 100 - slot
+    def fill(input_ids: Sequence[int], rows: np.ndarray) -> None:
+        for index, input_id in enumerate(input_ids):
+            if input_id < 0:
+                rows[index] = 100 - input_id
 
-    embedder = Embedder(entry(GraphShape(role="embed", batch=2, slots=4)), lambda _: Table(), fill, T)
+    embedder = Embedder(entry(GraphShape(role="embed", batch=2, max_len=4)), lambda _: Table(), fill, T)
     embeddings, pictures = np.full((2, 4, HIDDEN), np.nan, np.float32), np.full((2, 4), 9)
     embedder.load(embeddings, pictures)
     embedder.run([[5, -2, 6], [8]])
