@@ -37,8 +37,8 @@ CHAT = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_
 BALLAST: list[tuple[str, list[str], str, dict[str, Any]]] = [
     ("Expand", ["total", "wide"], "spread", {}),
     ("MatMul", ["spread", "ballast"], "product", {}),
-    ("ReduceSum", ["product", "axis"], "zero", {}),
-    ("Add", ["total", "zero"], "sum", {}),
+    ("ReduceSum", ["product", "axis"], "ballast_sum", {}),
+    ("Add", ["total", "ballast_sum"], "sum", {}),
 ]
 
 

@@ -242,12 +242,12 @@ def test_one_that_does_not_see_is_given_no_picture(tmp_path) -> None:
     [
         (None, 12, "takes text alone"),
         (VISION, 7, "no room for a picture of 3 tokens"),
-        (VISION, 8, "no file"),
+        (VISION, 8, "is not a file"),
     ],
 )
 def test_a_picture_that_cannot_be_asked_about(tmp_path, spec, tokens, words) -> None:
     image = tmp_path / "a.png"
-    if words != "no file":
+    if words != "is not a file":
         image.touch()
     with pytest.raises(StillgraphError, match=words):
         check(BASE.model_copy(update={"prompt_tokens": tokens, "image": str(image)}), spec)
