@@ -80,7 +80,7 @@ def make(
 ) -> tuple[Manifest, Parity | None]:
     """A new bundle at `config.place`, and its quick validation where that is asked for.
 
-    A broken bound is a report that says so: `hold` raises for it.
+    A broken bound is a report that says so: `require_passed` raises for it.
     """
     shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
     from stillgraph.exporter.bundle.build import export as build
