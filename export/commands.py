@@ -50,7 +50,7 @@ def compile_(
     output = Output(quiet, as_json)
     with output.progress() as say:
         from stillgraph.exporter.compile.compile import compile_bundle
-        from stillgraph.exporter.compile.kernel_choice import product_table
+        from stillgraph.exporter.compile.product_times import product_table
 
         compiled = compile_bundle(bundle, say, pack_fp32)
     table = Table("file", "bytes", title=f"compiled {escape(str(bundle))} for {compiled.cpu}")

@@ -14,15 +14,21 @@ from stillgraph.manifest import Alias
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
+def session_options() -> ort.SessionOptions:
+    """Options of every session of the export: errors alone are logged, and sums are exact on every CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in EXACT_SUMS.items():
+        options.add_session_config_entry(name, value)
+    return options
+
+
 def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.InferenceSession:
     """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve.
 
     Without packing MatMulNBits widens weights to fp32 and multiplies in fp32; with it, int8 by int4 or int8.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    for name, value in EXACT_SUMS.items():
-        options.add_session_config_entry(name, value)
+    options = session_options()
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from stillgraph.compiled import Found, Products, find
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.compile.kernel_choice import product_table
+from stillgraph.exporter.compile.product_times import product_table
 from stillgraph.manifest import GraphEntry, Manifest, Quantization, Validation, check_files, read
 from stillgraph.spec import ITEM_SIZE, Frozen, GraphShape, LayerKind, cache_shape
 

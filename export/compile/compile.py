@@ -28,7 +28,7 @@ from stillgraph.compiled import (
     read,
     set_options,
 )
-from stillgraph.cpu import EXACT_SUMS, available_cores, cpu_name
+from stillgraph.cpu import available_cores, cpu_name
 from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exporter.compile import kernel_choice
 from stillgraph.exporter.compile.check import compare
@@ -40,6 +40,7 @@ from stillgraph.exporter.compile.prepacked import (
     pack_largest_first,
     take_in,
 )
+from stillgraph.exporter.ort import session_options
 from stillgraph.exporter.staging import staged_file
 from stillgraph.manifest import File, GraphEntry, Manifest, check_files, sha256
 from stillgraph.manifest import read as read_manifest
@@ -158,7 +159,7 @@ def _optimize(job: Job, entry: GraphEntry, work: Path) -> onnx.ModelProto:
 
     With packing its weights are saved beside it, packed; else they stay where the bundle has them.
     """
-    path, options = work / "graph.onnx", _options()
+    path, options = work / "graph.onnx", session_options()
     options.optimized_model_filepath = str(path)
     options.add_session_config_entry("session.disable_prepacking", "0" if job.pack else "1")
     if job.pack:
@@ -205,7 +206,7 @@ def _keep(job: Job, path: Path, name: str, suffix: str) -> File:
 
 def _rehearse(job: Job, entry: GraphEntry, file: File) -> float:
     """Largest relative difference between the plain graph and the compiled one. Raises CheckFailed."""
-    plain, compiled = _options(), _options()
+    plain, compiled = session_options(), session_options()
     plain.add_session_config_entry("session.disable_prepacking", "0" if job.pack else "1")
     set_options(compiled, job.bundle, job.pack)
     variants = (job.bundle / entry.file.path, plain), (job.bundle / file.path, compiled)
@@ -216,14 +217,6 @@ def _rehearse(job: Job, entry: GraphEntry, file: File) -> float:
     except Exception as error:  # as above
         problem = f"ONNX Runtime cannot run compiled {entry.shape.name} ({_first_line(error)})"
         raise CheckFailed(STAGE, problem, "please report this bug") from error
-
-
-def _options() -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    for name, value in EXACT_SUMS.items():
-        options.add_session_config_entry(name, value)
-    return options
 
 
 def _check_space(job: Job) -> None:

@@ -16,11 +16,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from rich.table import Table
 
-from stillgraph.compiled import Form, Products, ProductTime
-from stillgraph.cpu import EXACT_SUMS
+from stillgraph.compiled import Form, ProductTime
+from stillgraph.exporter.compile.product_times import ms_of
 from stillgraph.exporter.ir.fold_weights import Recipe
+from stillgraph.exporter.ort import session_options
 from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix, Part
 from stillgraph.exporter.quantize.lower import BITS, IR_VERSION
@@ -99,11 +99,6 @@ def advice(manifest: Manifest, times: list[ProductTime]) -> str | None:
     )
 
 
-def ms_of(times: list[ProductTime], form: Form, rows: int) -> float:
-    """Raises StopIteration for what was not timed."""
-    return next(found.ms for found in times if (found.form, found.rows) == (form, rows))
-
-
 def largest_product(graph: onnx.GraphProto, vocabulary: int) -> Shape | None:
     """The largest matrix of a layer that a graph multiplies with; the head, of `vocabulary` rows, is none."""
     return max(
@@ -111,21 +106,6 @@ def largest_product(graph: onnx.GraphProto, vocabulary: int) -> Shape | None:
         key=lambda shape: shape[0] * shape[1],
         default=None,
     )
-
-
-def product_table(products: Products) -> Table:
-    """Times by form and tokens, and which graph has the form."""
-    n, k = products.shape
-    times = list(products.times)
-    counts = sorted({found.rows for found in times})
-    title = f"one product of {n} by {k} weights on this CPU, ms"
-    table = Table("form", *(f"{count} token{'s' * (count > 1)}" for count in counts), "graphs", title=title)
-    for form in dict.fromkeys(found.form for found in times):
-        graphs = [name for name, chosen in products.chosen.items() if chosen == form]
-        cells = (f"{ms_of(times, form, count):.3f}" for count in counts)
-        table.add_row(form, *cells, ", ".join(graphs))
-    table.caption = products.advice
-    return table
 
 
 def _products(graph: onnx.GraphProto) -> Iterator[Shape]:
@@ -146,15 +126,12 @@ def _runner(
     """A call that multiplies with several matrices one after the other, and their number."""
     copies = int(min(MOST, max(1, STREAMED // (shape[0] * shape[1] * BYTES[form]))))
     model = _model(manifest, form, shape, rows, copies)
-    options = ort.SessionOptions()
+    options = session_options()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
     # Its threads would spin on for a while and take the cores from the form whose turn is next.
-    entries = {"session.force_spinning_stop": "1"} | EXACT_SUMS
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if form == "fp32":  # as the runtime has them: mapped, as they are
-        entries["session.disable_prepacking"] = "1"
-    for name, value in entries.items():
-        options.add_session_config_entry(name, value)
+        options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -4,6 +4,8 @@ reported."""
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 
 from stillgraph import load, loading, session
 from stillgraph.compiled import Form, Products, ProductTime, find
-from stillgraph.exporter.compile import kernel_choice
+from stillgraph.exporter.compile import kernel_choice, product_times
 from stillgraph.exporter.compile.compile import compile_bundle
 from stillgraph.manifest import Manifest, Quantization, read
 
@@ -120,13 +122,19 @@ def test_the_largest_product_is_of_a_layer(fast: Path) -> None:
 
 def test_times_are_shown(fast: Path) -> None:
     products = Products(shape=(N, K), times=tuple(timed(1.0, 2.0, 5)), chosen={"decode-12": "blocks"})
-    table = kernel_choice.product_table(products)
+    table = product_times.product_table(products)
     assert [list(column.cells) for column in table.columns] == [
         ["fp32", "blocks", "channels"], ["9.000", "1.000", "2.000"], ["9.000", "1.000", "2.000"],
         ["", "decode-12", ""],
     ]  # fmt: skip
 
 
+def test_what_shows_times_loads_no_torch() -> None:
+    code = "import sys, stillgraph.exporter.bundle.inspection; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_a_form_that_was_not_timed_is_a_mistake() -> None:
     with pytest.raises(StopIteration):
-        kernel_choice.ms_of([], "fp32", 1)
+        product_times.ms_of([], "fp32", 1)
