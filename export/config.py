@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from stillgraph.errors import StillgraphError
+from stillgraph.exporter.precisions import QUANTIZED
+from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import Manifest, Precision, Quantization, Target
 from stillgraph.spec import Frozen, GraphShape, ModelSpec
 
 STAGE = "export"
-HEAD_MULTIPLE = 8  # of GroupQueryAttention's head sizes
-SLACK = 128  # cache slots over the window, in the onnxruntime target: what a prefill of 128 needs
 BLOCK_SIZES = (32, 64, 128)
-QUANTIZED = ("int8", "int4")
 Say = Callable[[str], None]  # called with a few words on what is being done
 ARTIFACTS = Path("artifacts")
 
@@ -52,9 +51,9 @@ def request(
         if values[name] not in known:
             problem = f"--{name} {values[name]!r} is not supported"
             raise StillgraphError(STAGE, problem, f"use {' or '.join(known)}")
-    if target == "onnxruntime" and precision == "fp16":
-        problem = "--precision fp16 cannot be stored by the ops of --target onnxruntime on a CPU"
-        raise StillgraphError(STAGE, problem, "use fp32, int8 or int4, or --target portable")
+    if precision not in (stored := TARGETS[target].precisions):
+        problem = f"--precision {precision} cannot be stored by the ops of --target {target} on a CPU"
+        raise StillgraphError(STAGE, problem, f"use {' or '.join(stored)}, or --target portable")
     if values["batch"] < 1:
         raise StillgraphError(STAGE, f"--batch {values['batch']} is not a number of rows", "use 1 or more")
     if precision in QUANTIZED:
@@ -62,7 +61,7 @@ def request(
         if size not in BLOCK_SIZES:
             sizes = " or ".join(map(str, BLOCK_SIZES))
             raise StillgraphError(STAGE, f"--block-size {size} is not supported", f"use {sizes}")
-        if fast_prefill and target != "onnxruntime":
+        if fast_prefill and not TARGETS[target].own_ops:
             problem = f"--fast-prefill is made of ops that --target {target} does not use"
             raise StillgraphError(STAGE, problem, "use --target onnxruntime")
         values["quantization"] = Quantization(
@@ -92,7 +91,7 @@ def kept(option: str) -> tuple[str, Precision]:
     if not pattern or precision not in known:
         problem = f"--keep {option!r} is not PATTERN=PRECISION with a precision of {' or '.join(known)}"
         raise StillgraphError(STAGE, problem, "write for example --keep lm_head=int8")
-    return pattern, cast(Precision, precision)
+    return pattern, precision
 
 
 def prefill_shape(config: ExportConfig, max_len: int, ctx: int | None) -> GraphShape:
@@ -104,20 +103,20 @@ def prefill_shape(config: ExportConfig, max_len: int, ctx: int | None) -> GraphS
         raise StillgraphError(
             STAGE, f"--max-len {max_len} is over --ctx {ctx}", "lower --max-len or raise --ctx"
         )
-    if config.target == "portable":
+    if (slack := TARGETS[config.target].slack) is None:
         return GraphShape(role="prefill", batch=config.batch, max_len=max_len, ctx=ctx)
     if ctx is None:
-        problem = "a prefill for --target onnxruntime writes into the cache that the decode graph reads"
+        problem = f"a prefill for --target {config.target} writes into the cache that the decode graph reads"
         raise StillgraphError(STAGE, problem, "give the --ctx of that cache")
-    slack = max(SLACK, max_len - 1)
-    return GraphShape(role="prefill", batch=config.batch, max_len=max_len, ctx=ctx, slack=slack)
+    room = max(slack, max_len - 1)
+    return GraphShape(role="prefill", batch=config.batch, max_len=max_len, ctx=ctx, slack=room)
 
 
 def decode_shape(config: ExportConfig, ctx: int) -> GraphShape:
     """A decode over `ctx` cache slots. Raises StillgraphError."""
     if ctx < 2:
         raise StillgraphError(STAGE, f"--ctx {ctx} leaves no room for a next token", "use 2 or more")
-    slack = None if config.target == "portable" else SLACK
+    slack = TARGETS[config.target].slack
     return GraphShape(role="decode", batch=config.batch, max_len=1, ctx=ctx, slack=slack)
 
 
@@ -188,9 +187,9 @@ def with_one_slack(shapes: Sequence[GraphShape]) -> list[GraphShape]:
 
 def check_heads(spec: ModelSpec, target: Target) -> None:
     """Refuse a head size that the target's attention op does not take. Raises StillgraphError."""
-    if target == "onnxruntime" and spec.head_dim % HEAD_MULTIPLE:
-        problem = f"a head size of {spec.head_dim} is not a multiple of {HEAD_MULTIPLE},"
-        problem += " which GroupQueryAttention of --target onnxruntime needs"
+    if spec.head_dim % (multiple := TARGETS[target].head_multiple):
+        problem = f"a head size of {spec.head_dim} is not a multiple of {multiple},"
+        problem += f" which the attention of --target {target} needs"
         raise StillgraphError(STAGE, problem, "use --target portable")
 
 

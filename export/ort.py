@@ -12,6 +12,9 @@ from stillgraph.cpu import EXACT_SUMS
 from stillgraph.manifest import Alias
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+# The same kernels over the same weights give the same bits, and other fusions reorder sums of fp32: by 2e-6
+# over 8 layers. Weights in a wrong place, or packed in another layout, are off by the size of the values.
+SAME = 1e-5
 
 
 def session_options() -> ort.SessionOptions:
@@ -53,3 +56,9 @@ def run(
         outputs.append(array)
     session.run_with_iobinding(binding)
     return outputs
+
+
+def difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """Largest difference over largest expected magnitude; NaN where either has one."""
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    return float(np.abs(expected - found).max() / (np.abs(expected).max() or 1.0))

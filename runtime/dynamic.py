@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from stillgraph.manifest import GraphEntry
-from stillgraph.session import NUMPY, Array
+from stillgraph.session import Array
 from stillgraph.spec import PAST
 
 
@@ -83,7 +83,7 @@ class GrowingGraph:
     def _nothing(self) -> dict[str, ort.OrtValue]:
         """Keys and values [1, KV, 0, D] of no token."""
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(port.at({PAST: 0}), NUMPY[port.dtype]))
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(port.at({PAST: 0}), port.dtype))
             for name, port in self._ports.items()
             if name != "input_ids"
         }

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def first_line(error: Exception) -> str:
+    """The first 300 characters of what another library says is wrong, or the error's class."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class StillgraphError(Exception):
     """Wrong use or bad input, told in one sentence. The command line turns it into exit code 2.
 

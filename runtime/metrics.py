@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stillgraph.engine import Step
 
-SMAPS = Path("/proc/self/smaps_rollup")
 MB = 1e6
 KIB = 1024 / MB
 
@@ -35,10 +34,13 @@ class Times:
         return cls(first * 1e3, (last - first) * 1e3 / later if later else None)
 
 
-def pss_mb() -> float | None:
-    """Proportional set size now: a page that is mapped twice counts once. None where the system has none."""
+def pss_mb(process: int | str = "self") -> float | None:
+    """Proportional set size of a process now: a page that is mapped twice counts once.
+
+    None where the process has ended or the system has no /proc.
+    """
     try:
-        lines = SMAPS.read_text(encoding="ascii").splitlines()
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * KIB for line in lines if line.startswith("Pss:")), None)

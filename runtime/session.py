@@ -13,12 +13,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from stillgraph.cpu import EXACT_SUMS
-from stillgraph.errors import StillgraphError
+from stillgraph.errors import StillgraphError, first_line
 from stillgraph.manifest import GraphEntry
-from stillgraph.spec import DType, Port
+from stillgraph.spec import Port
 
 Array = npt.NDArray[Any]
-NUMPY: dict[DType, Any] = {"int64": np.int64, "float32": np.float32, "float16": np.float16}
 
 
 class Runner(Protocol):
@@ -36,7 +35,7 @@ class Session:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            problem = f"ONNX Runtime cannot load {path} ({_first_line(error)})"
+            problem = f"ONNX Runtime cannot load {path} ({first_line(error)})"
             raise StillgraphError(
                 "load graph", problem, "check the bundle with 'stillgraph inspect'"
             ) from error
@@ -97,7 +96,7 @@ def session_options(
 
 def empty(port: Port) -> Array:
     """A zeroed array for a port; pages that are never touched take no memory."""
-    return np.zeros(port.sizes, NUMPY[port.dtype])
+    return np.zeros(port.sizes, port.dtype)
 
 
 def return_memory() -> None:
@@ -108,7 +107,3 @@ def return_memory() -> None:
     except (AttributeError, OSError, TypeError):  # not glibc
         return
     trim(0)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

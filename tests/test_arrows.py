@@ -16,13 +16,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"export": "stillgraph.exporter", "patches": "stillgraph.patches", "runtime": "stillgraph"}
 # What of the runtime is open to the export.
 OF_RUNTIME = {
-    f"stillgraph.{name}" for name in ("compiled", "cpu", "errors", "exit_codes", "manifest", "spec")
+    f"stillgraph.{name}"
+    for name in ("compiled", "cpu", "errors", "exit_codes", "manifest", "metrics", "spec")
 }
 # What is open to the bench besides: it runs the engine.
 ENGINE = {"stillgraph.loading", "stillgraph.session"}
 # The rooms of export/ from the ground up, and files beside them. Each imports only from lines above its own.
 ROOMS = (
-    "__init__ config demo families ort staging",
+    "__init__ demo families ort precisions staging targets",
+    "config",
     "checkpoint console ir",
     "bench quantize trace weights",
     "compile",

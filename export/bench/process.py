@@ -14,7 +14,8 @@ from typing import IO, Any
 
 from stillgraph.exporter.bench.contender import Contender
 from stillgraph.exporter.bench.report import MemoryTrace, Run
-from stillgraph.exporter.bench.worker import KIB, Request, busy_seconds
+from stillgraph.exporter.bench.worker import Request, busy_seconds
+from stillgraph.metrics import pss_mb
 
 HARNESS = Path(__file__).with_name("worker.py")
 DISTURBED = 0.1  # cores that others used: above it, spinning threads of a contender wait for each other
@@ -96,17 +97,8 @@ def watch(process: subprocess.Popen[Any], began: float, sample: bool) -> list[tu
         except subprocess.TimeoutExpired:
             if time.monotonic() - began > TIMEOUT_S:
                 raise TurnFailed(f"it was not done after {TIMEOUT_S} s") from None
-        if (pss := pss_of(process.pid)) is not None:
+        if (pss := pss_mb(process.pid)) is not None:
             samples.append((1e3 * (time.monotonic() - began), pss))
-
-
-def pss_of(pid: int) -> float | None:
-    """PSS in MB of a process; None where it has ended or the system has no /proc."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((KIB * int(line.split()[1]) for line in lines if line.startswith("Pss:")), None)
 
 
 def _lines(file: IO[str]) -> list[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from stillgraph.compiled import find
 from stillgraph.exporter.bench.contender import Contender, ContenderSource, Making
+from stillgraph.exporter.precisions import QUANTIZED
+from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import MANIFEST, Manifest
 
 NAME = re.compile(
@@ -22,7 +24,6 @@ NAME = re.compile(
     r"(?P<fast>-fast)?(?P<run>(\+compiled|\+unload)*)"
 )
 OURS = Path(__file__).parent / "contenders" / "stillgraph_bundle.py"
-PRECISIONS = {"portable": ("fp16", "int8", "int4"), "onnxruntime": ("int8", "int4")}
 
 
 def form(name: str, source: ContenderSource) -> Contender | None:
@@ -45,13 +46,13 @@ def form(name: str, source: ContenderSource) -> Contender | None:
 
 def _allowed(match: re.Match[str]) -> bool:
     target, precision = match["target"], match["precision"]
-    few_bits = precision in ("int8", "int4")
-    if precision and precision not in PRECISIONS.get(target, ()):
+    if precision and (target not in TARGETS or precision not in TARGETS[target].precisions):
         return False
-    if (match["block"] or match["fast"]) and not few_bits:
+    if (match["block"] or match["fast"]) and precision not in QUANTIZED:
         return False
     fused = bool(match["fast"]) or "+compiled" in match["run"]
-    return not (fused and target != "onnxruntime") and not (match["run"] and target == "dynamic")
+    own_ops = target in TARGETS and TARGETS[target].own_ops
+    return not (fused and not own_ops) and not (match["run"] and target == "dynamic")
 
 
 def as_contender(name: str, bundle: Path, prepare: tuple[Making, ...] = ()) -> Contender:

@@ -29,7 +29,7 @@ from stillgraph.compiled import (
     set_options,
 )
 from stillgraph.cpu import available_cores, cpu_name
-from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.errors import CheckFailed, StillgraphError, first_line
 from stillgraph.exporter.compile import kernel_choice
 from stillgraph.exporter.compile.check import compare
 from stillgraph.exporter.compile.prepacked import (
@@ -173,7 +173,7 @@ def _optimize(job: Job, entry: GraphEntry, work: Path) -> onnx.ModelProto:
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         if shutil.disk_usage(work).free < FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        problem = f"ONNX Runtime cannot optimize {source} ({_first_line(error)})"
+        problem = f"ONNX Runtime cannot optimize {source} ({first_line(error)})"
         raise StillgraphError(STAGE, problem, "check the bundle with 'stillgraph inspect'") from error
     return onnx.load(path, load_external_data=False)
 
@@ -215,7 +215,7 @@ def _rehearse(job: Job, entry: GraphEntry, file: File) -> float:
     except CheckFailed:
         raise
     except Exception as error:  # as above
-        problem = f"ONNX Runtime cannot run compiled {entry.shape.name} ({_first_line(error)})"
+        problem = f"ONNX Runtime cannot run compiled {entry.shape.name} ({first_line(error)})"
         raise CheckFailed(STAGE, problem, "please report this bug") from error
 
 
@@ -270,7 +270,3 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         problem, remedy = f"{folder}: {error.strerror or error}", "free space, or make the bundle writable"
         raise StillgraphError(STAGE, problem, f"{remedy}, and compile again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

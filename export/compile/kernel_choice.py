@@ -21,10 +21,12 @@ from stillgraph.compiled import Form, ProductTime
 from stillgraph.exporter.compile.product_times import ms_of
 from stillgraph.exporter.ir.fold_weights import Recipe
 from stillgraph.exporter.ort import session_options
+from stillgraph.exporter.precisions import PRECISIONS
 from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix, Part
-from stillgraph.exporter.quantize.lower import BITS, IR_VERSION
+from stillgraph.exporter.quantize.lower import IR_VERSION
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
+from stillgraph.exporter.targets import MICROSOFT, TARGETS
 from stillgraph.manifest import GraphEntry, Manifest
 
 # Enough matrices that none is in a cache of the CPU when its turn comes again, as in a step of a model.
@@ -60,7 +62,7 @@ def forms(manifest: Manifest) -> tuple[Form, ...]:
     """The forms to time for a bundle."""
     if manifest.quantization is None:
         return ("fp32",)
-    return ("fp32", "blocks", "channels") if manifest.target == "onnxruntime" else ("fp32", "blocks")
+    return ("fp32", "blocks", "channels") if TARGETS[manifest.target].own_ops else ("fp32", "blocks")
 
 
 def form_of(entry: GraphEntry, manifest: Manifest) -> Form:
@@ -87,7 +89,7 @@ def _ms(entry: GraphEntry, manifest: Manifest, times: list[ProductTime]) -> floa
 def advice(manifest: Manifest, times: list[ProductTime]) -> str | None:
     """A sentence on what would be faster and is not in the bundle, with the option that puts it there."""
     prefills = manifest.all_of("prefill")
-    if manifest.quantization is None or manifest.target != "onnxruntime" or not prefills:
+    if manifest.quantization is None or not TARGETS[manifest.target].own_ops or not prefills:
         return None
     max_len = prefills[0].shape.max_len
     share = ms_of(times, "channels", max_len) / ms_of(times, "blocks", max_len)
@@ -145,7 +147,7 @@ BYTES: dict[Form, float] = {"fp32": 4, "blocks": 0.5, "channels": 1}  # of a wei
 def _model(manifest: Manifest, form: Form, shape: Shape, rows: int, copies: int) -> ir.Model:
     """x [1, M, K] times each of `copies` matrices."""
     x = ir.Value(name="x", shape=ir.Shape((1, rows, shape[1])), type=ir.TensorType(ir.DataType.FLOAT))
-    imports = {"": 20, ops.MICROSOFT: 1}
+    imports = {"": 20, MICROSOFT: 1}
     graph = ir.Graph([x], [], nodes=[], opset_imports=imports, name="products")
     builder = ops.Builder(graph)
     weights = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5
@@ -165,7 +167,7 @@ def _format(manifest: Manifest, form: Form, shape: Shape) -> Format:
     assert how is not None
     if form == "channels":
         return Format.channel(shape[1])
-    return Format(BITS.get(manifest.precision, 8), how.block_size, how.symmetric)
+    return Format(PRECISIONS[manifest.precision].bits or 8, how.block_size, how.symmetric)
 
 
 def _product(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +16,9 @@ import onnxsim
 from onnx_ir.passes import common
 
 from stillgraph.errors import CheckFailed
-from stillgraph.exporter.ort import open_graph, run
+from stillgraph.exporter.ort import SAME, difference, open_graph, run
 from stillgraph.manifest import Alias
+from stillgraph.metrics import peak_rss_mb
 from stillgraph.spec import NEW, PAST, Frozen
 
 FORBIDDEN = frozenset(
@@ -28,7 +27,6 @@ FORBIDDEN = frozenset(
 )
 
 LENGTHS = {NEW: 3, PAST: 5}  # at which a dynamic graph is compared with itself
-SAME = 1e-5  # reordered sums of fp32; a wrong graph is off by far more
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class StepReport:
     nodes_before: int
     nodes_after: int
     seconds: float
-    peak_rss_mb: float
+    peak_rss_mb: float | None
 
 
 def fold(model: ir.Model) -> ir.Model:
@@ -133,12 +131,6 @@ def static_problem(graph: onnx.GraphProto) -> str | None:
     return None
 
 
-def peak_rss_mb() -> float:
-    """This process's peak resident memory in MB; ru_maxrss is in KiB on Linux and in bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1e6 if sys.platform == "darwin" else 1e6 / 1024), 1)
-
-
 def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed: int = 0) -> float:
     """Run two graph files on the same random inputs, without ONNX Runtime's own optimizations.
 
@@ -152,11 +144,8 @@ def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed:
         fixed = all(isinstance(size, int) for value in session.get_outputs() for size in value.shape)
         results.append(run(session, feeds, aliases) if fixed else session.run(None, feeds))
         del session
-    worst = 0.0
-    for first, second in zip(*results, strict=True):
-        scale = float(np.abs(first).max()) or 1.0
-        difference = np.abs(first - second).max() / scale
-        worst = float(np.maximum(worst, difference))  # a NaN stays one, which it does not in max()
+    differences = [difference(first, second) for first, second in zip(*results, strict=True)]
+    worst = float(np.max(differences))  # a NaN stays one, which it does not in max()
     if not worst <= SAME:
         problem = f"{after.name} differs from the traced graph by {worst:.2e} of its largest value"
         raise CheckFailed("simplify", problem, "please report this bug")

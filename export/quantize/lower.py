@@ -10,16 +10,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from stillgraph.exporter.ir.fold_weights import Recipe, Weight
+from stillgraph.exporter.precisions import PRECISIONS, QUANTIZED
 from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix, matrix_of
-from stillgraph.exporter.quantize.rounding import Bits, Format
+from stillgraph.exporter.quantize.rounding import Format
+from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import Precision, Quantization, Target
 from stillgraph.spec import GraphShape
 
-BITS: dict[Precision, Bits] = {"int4": 4, "int8": 8}
-RISING: tuple[Precision, ...] = ("int4", "int8", "fp32")
 HEAD = "lm_head.weight"  # what a tied embedding is called as well
-OPSETS = {"portable": ("", 21), "onnxruntime": (ops.MICROSOFT, 1)}  # 21 has four bits and blocks
 IR_VERSION = 10  # the first with types of four bits
 
 
@@ -69,7 +68,7 @@ class StoragePlan:
         pattern that matches a tensor decides; of tensors that are one product, the highest precision.
         """
         names = [(source, HEAD) if tied else (source,) for source in sources]
-        return max((self._one(aliases) for aliases in names), key=RISING.index)
+        return max((self._one(aliases) for aliases in names), key=lambda one: PRECISIONS[one].bits or 32)
 
     def _one(self, names: Sequence[str]) -> Precision:
         kept = [
@@ -80,8 +79,9 @@ class StoragePlan:
         return kept[-1] if kept else self.precision
 
     def form(self, precision: Precision) -> Format:
-        positive = self.target == "portable"  # some runtimes refuse scales below zero
-        return Format(BITS[precision], self.quantization.block_size, self.quantization.symmetric, positive)
+        bits, positive = PRECISIONS[precision].bits, not TARGETS[self.target].signed_scales
+        assert bits is not None
+        return Format(bits, self.quantization.block_size, self.quantization.symmetric, positive)
 
 
 def lower(model: ir.Model, recipes: Sequence[Weight], plan: StoragePlan) -> list[Weight]:
@@ -100,7 +100,7 @@ def lower(model: ir.Model, recipes: Sequence[Weight], plan: StoragePlan) -> list
     for node, matrix in sites:
         sources = matrix.recipe.sources
         precision = plan.precision_of(sources, tied=sources in gathered & head or sources == (plan.tied,))
-        if precision in BITS and not (plan.tower and node.op_type == "Gather"):
+        if precision in QUANTIZED and not (plan.tower and node.op_type == "Gather"):
             _replace(builder, node, Matrix(matrix.recipe, plan.form(precision)), plan)
     common.RemoveUnusedNodesPass()(model)
     _declare(model, plan)
@@ -127,11 +127,11 @@ def _sites(graph: ir.Graph, recipes: dict[str, Recipe]) -> Iterator[tuple[ir.Nod
 def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: StoragePlan) -> None:
     operand = node.inputs[0 if node.op_type == "MatMul" else 1]
     assert operand is not None
-    shape = ops.shape_of(operand)
+    shape, own_ops = ops.shape_of(operand), TARGETS[plan.target].own_ops
     if node.op_type == "Gather":
-        gather = ops.gather_columns if plan.target == "portable" else ops.gather_table
+        gather = ops.gather_table if own_ops else ops.gather_columns
         result = gather(builder, operand, matrix)
-    elif plan.target == "portable":
+    elif not own_ops:
         result = ops.dequantized_product(builder, operand, matrix)
     elif plan.fast and shape[-2] > 1:
         channels = Matrix(matrix.recipe, Format.channel(matrix.columns))
@@ -142,7 +142,7 @@ def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: StorageP
 
 
 def _declare(model: ir.Model, plan: StoragePlan) -> None:
-    domain, version = OPSETS[plan.target]
+    domain, version = TARGETS[plan.target].few_bits
     model.graph.opset_imports[domain] = max(version, model.graph.opset_imports.get(domain, 0))
     model.ir_version = max(model.ir_version, IR_VERSION)
 

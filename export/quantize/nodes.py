@@ -11,8 +11,8 @@ import onnx_ir as ir
 from stillgraph.exporter.ir.node_names import name_after
 from stillgraph.exporter.quantize import layouts
 from stillgraph.exporter.quantize.layouts import Matrix, Part
+from stillgraph.exporter.targets import MICROSOFT
 
-MICROSOFT = "com.microsoft"
 ACCURACY = 4  # MatMulNBits: activations in int8, one scale for each block of them
 TINY = 1e-30  # for the largest activation of a row of zeros: what 0 / 0 is as uint8 differs by CPU
 HALVES = 2

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stillgraph.errors import StillgraphError
+from stillgraph.exporter.precisions import Bits
 
 STAGE = "quantize"
-Bits = Literal[4, 8]
 # Where x86 has no VNNI, vpmaddubsw adds two products of unsigned and signed bytes in 16 bits, and cuts off
 # what is over 32767. Activations have codes up to 255, so two levels of one sign may add up to 32767 // 255.
 PAIR_SUM = 128

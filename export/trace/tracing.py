@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stillgraph.exporter.checkpoint import Checkpoint, parameter_names
 from stillgraph.exporter.ir.node_names import name_by_module
+from stillgraph.exporter.targets import TARGETS
 from stillgraph.exporter.trace.attention import portable_attention
 from stillgraph.exporter.trace.graphs import GRAPHS
 from stillgraph.manifest import Precision, Target
@@ -22,11 +23,9 @@ from stillgraph.patches.half_weights import HALF_LINEAR
 from stillgraph.patches.patch import Patch, applied
 from stillgraph.spec import NEW, PAST, GraphShape, Port, input_ports, output_ports
 
-OPSET = {"portable": 20, "onnxruntime": 23}  # 23 has RMSNormalization
 ATTENTION = "stillgraph_portable"
 PARAMETER_PREFIX = "model."  # of the wrapper's attribute that holds the model
 EXAMPLE_LENGTHS = {NEW: 3, PAST: 5}  # torch.export would take 0 and 1 for constants
-DTYPES = {"int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
 
 
 def convert(
@@ -47,7 +46,7 @@ def convert(
             module,
             tuple(example(port) for port in inputs),
             dynamo=True,
-            opset_version=OPSET[target],
+            opset_version=TARGETS[target].opset,
             optimize=False,  # folding would read weights that are not there
             verbose=False,
             dynamic_shapes=lengths(inputs) if shape.grows else None,
@@ -66,7 +65,7 @@ def convert(
 def example(port: Port) -> torch.Tensor:
     """A tensor of a port's shape, for tracing: lengths of 1, ids and caches of 0."""
     value = 1 if port.name in ("prompt_length", "past_length") else 0
-    return torch.full(port.at(EXAMPLE_LENGTHS), value, dtype=DTYPES[port.dtype])
+    return torch.full(port.at(EXAMPLE_LENGTHS), value, dtype=getattr(torch, port.dtype))
 
 
 def lengths(inputs: Sequence[Port]) -> tuple[object, ...]:

@@ -16,16 +16,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from stillgraph.exporter.demo.stories import held_out
+from stillgraph.exporter.precisions import PRECISIONS
 from stillgraph.exporter.validate.cases import limit, max_len
 from stillgraph.exporter.validate.driver import Cache, GraphRun
 from stillgraph.exporter.validate.metrics import Divergence, diverge
 from stillgraph.exporter.validate.reference import Reference
 from stillgraph.manifest import Manifest, Precision, Quality
 
-# What a precision may cost: mean KL divergence in nats, and perplexity over the checkpoint's. The demo loses
-# 1.6e-5 nats at int8 and 1.3e-3 at int4; the 1B geometry with random weights, the hardest to round, loses
-# 6.6e-2 at int4. A weight in a wrong place costs whole nats.
-BOUNDS: dict[Precision, tuple[float, float]] = {"int8": (0.02, 1.02), "int4": (0.25, 1.25)}
 QUESTIONS = 100
 
 
@@ -33,7 +30,7 @@ def summarize(
     precision: Precision, divergences: Sequence[Divergence], text: bool, recall: tuple[float, float] | None
 ) -> Quality:
     """Means over positions; text: whether the ids are one; recall: of the bundle and of the checkpoint."""
-    kl_bound, perplexity_bound = BOUNDS[precision]
+    traits = PRECISIONS[precision]
     return Quality(
         text=text,
         positions=len(divergences),
@@ -43,8 +40,8 @@ def summarize(
         original_perplexity=perplexity(divergence.original_nll for divergence in divergences),
         recall=recall and recall[0],
         original_recall=recall and recall[1],
-        kl_bound=kl_bound,
-        perplexity_bound=perplexity_bound,
+        kl_bound=traits.max_kl,
+        perplexity_bound=traits.max_perplexity,
     )
 
 

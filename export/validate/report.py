@@ -8,14 +8,13 @@ from typing import Literal
 import numpy as np
 from rich.table import Table
 
+from stillgraph.exporter.precisions import ACTIVATION_ROUNDOFF, HALF_ROUNDOFF, PRECISIONS
 from stillgraph.exporter.validate.metrics import Comparison
 from stillgraph.manifest import Precision, Quality, Validation
 from stillgraph.spec import Frozen, ModelSpec
 
 TextKind = Literal["random", "text", "picture"]
 SMALLEST_PUBLISHED = 640  # hidden size of the smallest published Gemma 3
-HALF_ROUNDOFF = 2.0**-11  # of fp16
-ACTIVATION_ROUNDOFF = 2.0**-8  # of int8, to the largest value of a block
 
 
 class CaseResult(Frozen):
@@ -183,7 +182,7 @@ def bound(spec: ModelSpec, precision: Precision, rounds: bool = True) -> tuple[f
 
     rounds: whether the inputs of its products are rounded to 8 bits, where weights are of int8 or int4.
     """
-    if precision in ("int8", "int4") and rounds:
+    if PRECISIONS[precision].bits and rounds:
         # The kernels round the input of each product to 8 bits. Errors add as above; 4 is the margin, since
         # those of the first layers go through all others. Without these kernels the graph is exact.
         value = 4 * ACTIVATION_ROUNDOFF * math.sqrt(4 * len(spec.layers) + 1)

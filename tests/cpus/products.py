@@ -24,6 +24,7 @@ from stillgraph.exporter.quantize import nodes as ops
 from stillgraph.exporter.quantize.layouts import Matrix
 from stillgraph.exporter.quantize.lower import IR_VERSION, StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, Quantized, _without_large_pairs
+from stillgraph.exporter.targets import MICROSOFT
 from stillgraph.manifest import Precision, Quantization, Target
 
 LARGEST = 127  # of an activation: its scale is 1
@@ -122,7 +123,7 @@ def _write_graph(case: Case, quantized: Quantized, folder: Path) -> None:
     x = ir.Value(name="x", shape=ir.Shape(shape), type=int64 if gather else fp32)
     y = ir.Value(name="y", shape=ir.Shape((case.rows, width)), type=fp32)
     placeholder = ir.Node("", "Identity", [x], outputs=[y])
-    graph = ir.Graph([x], [y], nodes=[placeholder], opset_imports={"": 21, ops.MICROSOFT: 1}, name="product")
+    graph = ir.Graph([x], [y], nodes=[placeholder], opset_imports={"": 21, MICROSOFT: 1}, name="product")
     builder = ops.Builder(graph)
     matrix = Matrix(Recipe(("w.weight",), (case.entries, case.columns)), case.form)
     builder.put_in_place_of(placeholder, OPS[case.op](builder, x, matrix))

@@ -17,7 +17,7 @@ from stillgraph.errors import CheckFailed
 from stillgraph.exporter import weights
 from stillgraph.exporter.ir.fold_weights import SUBGRAPH_BYTES
 from stillgraph.exporter.ir.simplify import FORBIDDEN, check, same_outputs, simplify, static_problem
-from stillgraph.exporter.trace.tracing import OPSET
+from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import read
 
 FIVE = {
@@ -49,7 +49,7 @@ def test_shipped_graphs_are_static_and_standard(tiny_bundle: Bundle, name: str) 
     for model in graphs(tiny_bundle(**BUNDLES[name])):
         opsets = {opset.domain: opset.version for opset in model.opset_import}
         assert list(opsets) == [""]
-        assert opsets[""] <= OPSET["portable"] <= 20
+        assert opsets[""] <= TARGETS["portable"].opset <= 20
         assert not model.functions
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
         assert {node.domain for node in inferred.node} == {""}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stillgraph.exporter.precisions import PRECISIONS
 from stillgraph.exporter.validate.metrics import diverge
-from stillgraph.exporter.validate.quality import BOUNDS, perplexity, summarize
+from stillgraph.exporter.validate.quality import perplexity, summarize
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.manifest import read
 
@@ -44,7 +46,7 @@ def test_quality_is_against_the_checkpoint_and_not_against_the_same_weights(quan
     assert quality is not None
     assert quality.text
     assert quality.positions == 25  # from the 16th token, the last of the prefill, to the 40th of ctx
-    assert 1e-7 < quality.kl < BOUNDS["int8"][0]
+    assert 1e-7 < quality.kl < PRECISIONS["int8"].max_kl
     assert quality.perplexity != quality.original_perplexity
 
 
@@ -76,7 +78,8 @@ def test_a_prefill_with_weights_of_its_own_is_held_to_these(tiny_bundle: Bundle,
 
 
 def test_weights_that_cost_too_much_fail(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BOUNDS, "int8", (1e-9, 1.02))
+    strict = replace(PRECISIONS["int8"], max_kl=1e-9)
+    monkeypatch.setitem(PRECISIONS, "int8", strict)
     parity = validate(quantized, depth="quick", say=quietly)
     assert not parity.passed
     assert "KL divergence" in (parity.problem() or "")
