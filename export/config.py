@@ -53,7 +53,9 @@ def request(
             raise StillgraphError(STAGE, problem, f"use {' or '.join(known)}")
     if precision not in (stored := TARGETS[target].precisions):
         problem = f"--precision {precision} cannot be stored by the ops of --target {target} on a CPU"
-        raise StillgraphError(STAGE, problem, f"use {' or '.join(stored)}, or --target portable")
+        raise StillgraphError(
+            STAGE, problem, f"use {', '.join(stored[:-1])} or {stored[-1]}, or --target portable"
+        )
     if values["batch"] < 1:
         raise StillgraphError(STAGE, f"--batch {values['batch']} is not a number of rows", "use 1 or more")
     if precision in QUANTIZED:
@@ -187,9 +189,10 @@ def with_one_slack(shapes: Sequence[GraphShape]) -> list[GraphShape]:
 
 def check_heads(spec: ModelSpec, target: Target) -> None:
     """Refuse a head size that the target's attention op does not take. Raises StillgraphError."""
-    if spec.head_dim % (multiple := TARGETS[target].head_multiple):
-        problem = f"a head size of {spec.head_dim} is not a multiple of {multiple},"
-        problem += f" which the attention of --target {target} needs"
+    traits = TARGETS[target]
+    if spec.head_dim % traits.head_multiple:
+        problem = f"a head size of {spec.head_dim} is not a multiple of {traits.head_multiple},"
+        problem += f" which {traits.attention} of --target {target} needs"
         raise StillgraphError(STAGE, problem, "use --target portable")
 
 

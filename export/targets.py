@@ -17,7 +17,8 @@ class TargetTraits:
     products with weights of few bits, products of int8 with int8. opset: version of ONNX as traced;
     few_bits: domain and version of the ops that read weights of few bits; precisions: what these ops can
     store on a CPU; slack: cache slots over a window (`GraphShape.slack`) that a chunk of as many tokens
-    needs, None where every layer has ctx slots; head_multiple: what head sizes must be a multiple of;
+    needs, None where every layer has ctx slots; attention: the op, where it is one; head_multiple: what
+    head sizes must be a multiple of;
     signed_scales: whether a block's scale may be below zero, which some runtimes refuse.
     """
 
@@ -26,6 +27,7 @@ class TargetTraits:
     few_bits: tuple[str, int]
     precisions: tuple[Precision, ...]
     slack: int | None
+    attention: str | None
     head_multiple: int
     signed_scales: bool
 
@@ -37,6 +39,7 @@ TARGETS: dict[Target, TargetTraits] = {
         few_bits=("", 21),  # DequantizeLinear of four bits, in blocks
         precisions=("fp32", "fp16", "int8", "int4"),
         slack=None,
+        attention=None,
         head_multiple=1,
         signed_scales=False,
     ),
@@ -46,7 +49,8 @@ TARGETS: dict[Target, TargetTraits] = {
         few_bits=(MICROSOFT, 1),
         precisions=("fp32", "int8", "int4"),
         slack=128,
-        head_multiple=8,  # GroupQueryAttention
+        attention="GroupQueryAttention",
+        head_multiple=8,
         signed_scales=True,
     ),
 }
