@@ -188,12 +188,17 @@ def with_one_slack(shapes: Sequence[GraphShape]) -> list[GraphShape]:
 
 
 def check_heads(spec: ModelSpec, target: Target) -> None:
-    """Refuse a head size that the target's attention op does not take. Raises StillgraphError."""
+    """Refuse layers that the target's attention op does not take. Raises StillgraphError."""
     traits = TARGETS[target]
-    if spec.head_dim % traits.head_multiple:
-        problem = f"a head size of {spec.head_dim} is not a multiple of {traits.head_multiple},"
-        problem += f" which {traits.attention} of --target {target} needs"
-        raise StillgraphError(STAGE, problem, "use --target portable")
+    for index, layer in enumerate(spec.layers):
+        if layer.head_dim % traits.head_multiple:
+            problem = f"a head size of {layer.head_dim} is not a multiple of {traits.head_multiple},"
+            problem += f" which {traits.attention} of --target {target} needs"
+            raise StillgraphError(STAGE, problem, "use --target portable")
+        if layer.kv_from is not None and traits.attention:
+            problem = f"layer {index} reads keys and values of layer {layer.kv_from},"
+            problem += f" which {traits.attention} of --target {target} cannot"
+            raise StillgraphError(STAGE, problem, "use --target portable")
 
 
 def check_positions(spec: ModelSpec, shape: GraphShape) -> None:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import torch
 
 from stillgraph.exporter.ir.fold_weights import Tensors, Weight
-from stillgraph.manifest import File, Weights, WeightTensor
+from stillgraph.manifest import File, Weights
+from stillgraph.weight_tensor import WeightTensor
 
 WEIGHTS_FILE = "weights.data"
 ALIGNMENT = 4096  # a page, so that each tensor can be mapped by itself
@@ -33,7 +34,11 @@ def layout(
             places[weight.content] = -(-end // ALIGNMENT) * ALIGNMENT
             end = places[weight.content] + weight.nbytes
         tensors[weight.name] = WeightTensor(
-            offset=places[weight.content], nbytes=weight.nbytes, dtype=weight.dtype.name, shape=weight.shape
+            offset=places[weight.content],
+            nbytes=weight.nbytes,
+            dtype=weight.dtype.name,
+            shape=weight.shape,
+            **vars(weight.origin),
         )
     return tensors
 

@@ -18,7 +18,13 @@ from stillgraph.metrics import PeakPss, Times, peak_rss_mb
 
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to write at most.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="0 always takes the most likely token.",
+        show_default="this and the next four as the model's makers set them",
+    ),
+]
 TopK = Annotated[int | None, typer.Option(help="Sample from this many of the most likely tokens.")]
 TopP = Annotated[
     float | None, typer.Option(help="Sample from the most likely tokens of this total probability.")
@@ -56,7 +62,7 @@ def run(
     image: Images = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message in a chat.")] = False,
     max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
@@ -104,7 +110,7 @@ def run(
 def chat(
     bundle: Bundle,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,

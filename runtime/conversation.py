@@ -60,7 +60,7 @@ class Conversation:
         self._shown = 0
         # The stop token ended the answer; the template writes it. A stop string is in no text and stays out.
         tokens = [step.token for step in steps]
-        tokens = tokens[:-1] if tokens[-1] in self.engine.manifest.tokens.stop else tokens
+        tokens = tokens[:-1] if tokens[-1] in self.engine.manifest.calling.tokens.stop else tokens
         whole = self.engine.decode(tokens) == answer
         self._ids = [*ids, *tokens] if whole else []
 

@@ -15,8 +15,8 @@ import numpy as np
 import onnxruntime as ort
 
 from stillgraph.manifest import GraphEntry
+from stillgraph.ports import PAST
 from stillgraph.session import Array
-from stillgraph.spec import PAST
 
 
 class Caller(Protocol):
@@ -39,7 +39,8 @@ class GrowingGraph:
         self.load_seconds = 0.0
         self._past_of = {alias.output: alias.input for alias in entry.aliases}
         self._outputs = [port.name for port in entry.outputs]
-        self._ports = {port.name: port for port in entry.inputs}
+        self._ids, self._logits = entry.input("token_ids").name, entry.output("logits").name
+        self._caches = [port for port in entry.inputs if port.is_cache]
         self._graph = load(entry)
         self.cached: list[list[int]] = [[]]
         self._past = self._nothing()
@@ -66,8 +67,8 @@ class GrowingGraph:
 
     def _feed(self, ids: Sequence[int]) -> Array:
         new = ort.OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))  # [1, S]
-        outputs = dict(zip(self._outputs, self._graph.call({"input_ids": new, **self._past}), strict=True))
-        logits: Array = outputs.pop("logits").numpy()  # [1, 1, V]
+        outputs = dict(zip(self._outputs, self._graph.call({self._ids: new, **self._past}), strict=True))
+        logits: Array = outputs.pop(self._logits).numpy()  # [1, 1, V]
         self._past = {self._past_of[name]: value for name, value in outputs.items()}
         self.cached[0].extend(ids)
         return logits[:, 0]
@@ -83,9 +84,8 @@ class GrowingGraph:
     def _nothing(self) -> dict[str, ort.OrtValue]:
         """Keys and values [1, KV, 0, D] of no token."""
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(port.at({PAST: 0}), port.dtype))
-            for name, port in self._ports.items()
-            if name != "input_ids"
+            port.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(port.at({PAST: 0}), port.dtype))
+            for port in self._caches
         }
 
 

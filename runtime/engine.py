@@ -13,7 +13,7 @@ from stillgraph.chat_template import Message, Template, in_parts, read_template
 from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.kv_cache import Graphs
 from stillgraph.manifest import Manifest
-from stillgraph.sampling import Sampler, Sampling
+from stillgraph.sampling import Sampler, Sampling, with_defaults
 from stillgraph.session import Array
 from stillgraph.tokenizer import Stops, Stream, Text
 from stillgraph.vision.features import Vision
@@ -100,7 +100,7 @@ class Engine:
         """text: None for a bundle without a tokenizer, which takes and gives ids alone."""
         self.manifest, self.graphs, self.text, self.bundle = manifest, graphs, text, bundle
         self.vision = vision
-        self._stop_tokens = frozenset(manifest.tokens.stop)
+        self._stop_tokens = frozenset(manifest.calling.tokens.stop)
         self._request = 0
         self._template: Template | None = None
 
@@ -115,7 +115,7 @@ class Engine:
         *,
         images: Sequence[ImageSource] = (),
         max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
@@ -125,11 +125,14 @@ class Engine:
     ) -> Iterator[Step]:
         """The continuation of a prompt (text, or ids as they are), token by token.
 
+        Options of sampling that are None are as the model's makers set them (`calling.sampling` of the
+        manifest); temperature 0 always takes the most likely token.
         images: paths, bytes of files or images of Pillow, in the order of their marks in the prompt. With a
         prefill that continues a cache, the prefix that the cache still holds from the request before is not
         computed again. Raises StillgraphError at once for options, a prompt or an image that cannot be used.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        given = temperature, top_k, top_p, min_p, repetition_penalty
+        sampling = with_defaults(self.manifest.calling.sampling, *given, seed=seed)
         rows = self.stream_batch([prompt], sampling, [images], max_new_tokens=max_new_tokens, stop=stop)
         return (step for _, step in rows)
 
@@ -155,7 +158,7 @@ class Engine:
         rows = []
         for index, prompt in enumerate(prompts):
             stream = Stream(self.text) if self.text else None
-            sampler = Sampler(sampling or Sampling(), index)
+            sampler = Sampler(sampling or with_defaults(self.manifest.calling.sampling), index)
             given = images[index] if images else ()
             ids = self.ids(prompt)
             input_ids = self._placed(ids, given)

@@ -14,11 +14,13 @@ from typing import Protocol
 
 from stillgraph.chunking import calls, fitting, units
 from stillgraph.manifest import GraphEntry
+from stillgraph.ports import Port, PortRole
 from stillgraph.session import Array, Runner, empty, return_memory
-from stillgraph.spec import LayerSpec, Port
+from stillgraph.spec import LayerSpec
 from stillgraph.vision.embedder import Embedder
 
 Load = Callable[[GraphEntry], Runner]
+Key = tuple[int | None, PortRole]  # layer, and key or value
 
 
 class Graphs(Protocol):
@@ -38,14 +40,18 @@ class Graphs(Protocol):
 
 
 class Buffers:
-    """One or two sets of cache arrays by name; `current` is the set that holds the cache."""
+    """One or two sets of cache arrays by layer and role; `current` is the set that holds the cache.
 
-    def __init__(self, ports: list[Port], count: int) -> None:
-        self.sets = [{port.name: empty(port) for port in ports} for _ in range(count)]
+    ports: of any graph; those of no layer are left out.
+    """
+
+    def __init__(self, ports: Sequence[Port], count: int) -> None:
+        self.sets = [{key(port): empty(port) for port in ports if port.is_cache} for _ in range(count)]
         self.current = 0
 
-    def __getitem__(self, name: str) -> Array:
-        return self.sets[self.current][name]
+    @property
+    def held(self) -> dict[Key, Array]:
+        return self.sets[self.current]
 
     def flip(self) -> None:
         """The set just written becomes the current one."""
@@ -55,17 +61,20 @@ class Buffers:
 class BoundGraph:
     """One graph with its small inputs, its logits, and a call for each direction between the buffer sets.
 
-    embedder: of a graph that takes embeddings, what makes them of ids.
+    `inputs` are those that are not of the cache, by role. pad: the id behind the end of a piece; embedder: of
+    a graph that takes embeddings, what makes them of ids.
     """
 
     def __init__(
-        self, entry: GraphEntry, load: Load, buffers: Buffers, embedder: Embedder | None = None
+        self, entry: GraphEntry, load: Load, buffers: Buffers, pad: int, embedder: Embedder | None = None
     ) -> None:
         self.entry, self._load, self.buffers, self.embedder = entry, load, buffers, embedder
-        self.past_of = {alias.output: alias.input for alias in entry.aliases}
-        past = set(self.past_of.values())
-        self.inputs = {port.name: empty(port) for port in entry.inputs if port.name not in past}
-        self.logits = next(empty(port) for port in entry.outputs if port.name == "logits")  # [B, 1, V]
+        self._pad = pad
+        small = [port for port in entry.inputs if not port.is_cache]
+        self.inputs = {port.role: empty(port) for port in small}
+        self.logits = empty(entry.output("logits"))  # [B, 1, V]
+        self._small = {port.name: self.inputs[port.role] for port in small}
+        self._small[entry.output("logits").name] = self.logits
         self._calls: list[Callable[[], None]] = []
 
     @property
@@ -74,13 +83,13 @@ class BoundGraph:
 
     def load(self) -> None:
         runner, sets = self._load(self.entry), self.buffers.sets
-        present = [port.name for port in self.entry.outputs if port.name != "logits"]
-        for index, past in enumerate(sets):
-            written = past if in_place(self.entry) else sets[(index + 1) % len(sets)]
-            outputs = {name: written[self.past_of.get(name, name)] for name in present}
-            self._calls.append(runner.bind({**past, **outputs, **self.inputs, "logits": self.logits}))
+        for index, read in enumerate(sets):
+            written = read if in_place(self.entry) else sets[(index + 1) % len(sets)]
+            past = {port.name: read[key(port)] for port in self.entry.inputs if port.is_cache}
+            present = {port.name: written[key(port)] for port in self.entry.outputs if port.is_cache}
+            self._calls.append(runner.bind({**past, **present, **self._small}))
         if self.embedder:
-            self.embedder.load(self.inputs["inputs_embeds"], self.inputs.get("token_type_ids"))
+            self.embedder.load(self.inputs["embeddings"], self.inputs.get("picture_numbers"))
 
     def unload(self) -> None:
         self._calls.clear()
@@ -92,8 +101,8 @@ class BoundGraph:
         if self.embedder:
             self.embedder.run(pieces)
             return
-        ids = self.inputs["input_ids"]
-        ids[:] = 0
+        ids = self.inputs["token_ids"]
+        ids[:] = self._pad
         for row, piece in enumerate(pieces):
             ids[row, : len(piece)] = piece
 
@@ -108,7 +117,7 @@ class GraphPair:
 
     `cached[row]` are the ids whose keys and values the cache holds. one_at_a_time: at most one graph is in
     memory; the buffers outlive both. `load_seconds` is all the time spent loading and unloading graphs.
-    embedder: for a prefill that takes embeddings.
+    embedder: for a prefill that takes embeddings. pad: the id that stands where there is no token.
     """
 
     def __init__(
@@ -119,19 +128,18 @@ class GraphPair:
         load: Load,
         one_at_a_time: bool = False,
         embedder: Embedder | None = None,
+        pad: int = 0,
     ) -> None:
-        self._layers = layers
+        self._layers, self._pad = layers, pad
         self.ctx, self.rows, self.max_len = decode.shape.limit, decode.shape.batch, prefill.shape.max_len
         self.continues = prefill.shape.ctx is not None
         self.one_at_a_time = one_at_a_time
         self.load_seconds = 0.0
-        past = {alias.input for alias in decode.aliases}
         alone = in_place(decode) and (in_place(prefill) or not self.continues)
-        shared = Buffers([port for port in decode.inputs if port.name in past], 1 if alone else 2)
-        present = Buffers([port for port in prefill.outputs if port.name != "logits"], 1)
-        self._decode = BoundGraph(decode, load, shared)
-        self._prefill = BoundGraph(prefill, load, shared if self.continues else present, embedder)
-        whole = embedder is not None and "token_type_ids" in self._prefill.inputs
+        shared, present = Buffers(decode.inputs, 1 if alone else 2), Buffers(prefill.outputs, 1)
+        self._decode = BoundGraph(decode, load, shared, pad)
+        self._prefill = BoundGraph(prefill, load, shared if self.continues else present, pad, embedder)
+        whole = prefill.takes("picture_numbers")
         self._together = embedder.image_tokens if embedder and whole else 1  # tokens that one call must take
         self.cached: list[list[int]] = [[] for _ in range(self.rows)]
         if one_at_a_time:
@@ -165,13 +173,13 @@ class GraphPair:
         slot has moved, or holds a picture's feature, begins an empty cache.
         """
         self._use(self._decode)
-        ids, past = self._decode.inputs["input_ids"], self._decode.inputs["past_length"]
+        ids, past = self._decode.inputs["token_ids"], self._decode.inputs["past_length"]
         for row, token in enumerate(tokens):
             cached = self.cached[row]
             seen = bool(cached) and cached[-1] < 0
             if token is None and (seen or not self._can_return(len(cached), len(cached) - 1)):
                 cached.clear()
-            ids[row, 0] = token if token is not None else cached[-1] if cached else 0
+            ids[row, 0] = token if token is not None else cached[-1] if cached else self._pad
             past[row] = len(cached) if token is not None else max(0, len(cached) - 1)
         self._decode.run()
         for cached, token in zip(self.cached, tokens, strict=True):
@@ -213,7 +221,7 @@ class GraphPair:
             taken = min(fitting(todo, self.max_len), len(todo) - left + 1)
             piece = prompt[start : start + (1 if waits else sum(todo[:taken]))]
             pieces.append(piece)
-            inputs["prompt_length"][row] = len(piece)
+            inputs["valid_length"][row] = len(piece)
             if self.continues:
                 inputs["past_length"][row] = start
             if not waits:
@@ -227,9 +235,8 @@ class GraphPair:
     def _copy_to_decode(self) -> None:
         """The filled slots of a prefill with buffers of its own, into the buffers the decode reads next."""
         filled = max(map(len, self.cached))
-        for alias in self._decode.entry.aliases:
-            written = self._prefill.buffers[alias.output]
-            self._decode.buffers[alias.input][:, :, :filled] = written[:, :, :filled]
+        for each, written in self._prefill.buffers.held.items():
+            self._decode.buffers.held[each][:, :, :filled] = written[:, :, :filled]
 
     def _reusable(self, row: int, prompt: Sequence[int]) -> int:
         """Tokens of `prompt` that need no computing: the prefix held in the cache, but the last token."""
@@ -252,6 +259,11 @@ class GraphPair:
         self.release()
         graph.load()
         self.load_seconds += time.perf_counter() - began
+
+
+def key(port: Port) -> Key:
+    """What a buffer is of: graphs that share a cache may have other names for it."""
+    return port.layer, port.role
 
 
 def in_place(entry: GraphEntry) -> bool:

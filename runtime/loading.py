@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnxruntime as ort
+
 from stillgraph.compiled import Compiled, Found, find, set_options
 from stillgraph.cpu import available_cores, cpu_name, lacking
 from stillgraph.dynamic import GrowingGraph
 from stillgraph.engine import Engine
 from stillgraph.errors import StillgraphError
 from stillgraph.kv_cache import GraphPair, Graphs
-from stillgraph.manifest import GraphEntry, Manifest, check_files, read
+from stillgraph.manifest import GraphEntry, Manifest, Requires, check_files, read
 from stillgraph.page_cache import mappings, populate, read_in
 from stillgraph.session import Session, session_options
 from stillgraph.tokenizer import Text
@@ -53,12 +55,11 @@ def load(
     folder = Path(bundle)
     manifest = read(folder)
     check_files(folder, manifest, hashes=check_hashes)
-    if missing := lacking(manifest.requires.cpu):
-        problem = f"{folder} needs {', '.join(missing)}, which this CPU, {cpu_name()}, does not have"
-        raise StillgraphError("load bundle", problem, "export the bundle again, or run it on another machine")
+    _check_runtime(folder, manifest.requires)
     dynamic = manifest.graph("dynamic")
     one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
-    text = Text(folder, manifest.tokens.bos) if (folder / "tokenizer.json").is_file() else None
+    tokens = manifest.calling.tokens
+    text = Text(folder, tokens.bos) if (folder / "tokenizer.json").is_file() else None
     found = find(folder, manifest, hashes=check_hashes) if compiled else Found(None)
     if found.reason:
         log.warning(found.reason)
@@ -74,16 +75,18 @@ def load(
         assert pair is not None
         embed = _entry(folder, manifest, "embed") if pair[0].shape.embeds else None
         embedder = (
-            Embedder(embed, open_graph, vision.fill, vision.spec.image_tokens) if embed and vision else None
+            Embedder(embed, open_graph, vision.fill, vision.spec.image_tokens, tokens.pad)
+            if embed and vision
+            else None
         )
-        graphs = GraphPair(*pair, manifest.model.layers, open_graph, one, embedder)
+        graphs = GraphPair(*pair, manifest.model.layers, open_graph, one, embedder, tokens.pad)
     graphs.load_seconds = time.perf_counter() - began - (vision.load_seconds if vision else 0.0)
     return Engine(manifest, graphs, text, folder, vision)
 
 
 def _vision(folder: Path, manifest: Manifest, open_graph: Load, one_at_a_time: bool) -> Vision | None:
     """What sees the pictures of a model that takes some. Pillow is imported when the first one comes."""
-    spec = manifest.model.vision
+    spec, images = manifest.model.vision, manifest.calling.images
 
     def preprocessor() -> Preprocessor:
         try:
@@ -91,7 +94,11 @@ def _vision(folder: Path, manifest: Manifest, open_graph: Load, one_at_a_time: b
         except ImportError as error:
             problem = f"images need Pillow ({error})"
             raise StillgraphError("read image", problem, "pip install 'stillgraph[vision]'") from error
-        return Preprocessor.read(folder)
+        if images is None:
+            problem = f"{folder} does not say how its model is given images"
+            remedy = "export it again, from a checkpoint with a preprocessor_config.json"
+            raise StillgraphError("read image", problem, remedy)
+        return Preprocessor.model_validate(images.model_dump())
 
     if spec is None:
         return None
@@ -149,3 +156,19 @@ def _entry(folder: Path, manifest: Manifest, role: str) -> GraphEntry:
         remedy = f"add one with 'stillgraph export {role}' into the same --out"
         raise StillgraphError("load bundle", f"{folder} has no {role} graph", remedy)
     return entry
+
+
+def _check_runtime(folder: Path, requires: Requires) -> None:
+    """Refuse a CPU or an ONNX Runtime that lacks what the bundle needs. Raises StillgraphError."""
+    if missing := lacking(requires.cpu):
+        problem = f"{folder} needs {', '.join(missing)}, which this CPU, {cpu_name()}, does not have"
+        raise StillgraphError("load bundle", problem, "export the bundle again, or run it on another machine")
+    least = requires.onnxruntime
+    if least is not None and _numbers(ort.__version__) < _numbers(least):
+        problem = f"{folder} needs onnxruntime {least} or newer and this is {ort.__version__}"
+        raise StillgraphError("load bundle", problem, "upgrade with 'pip install --upgrade onnxruntime'")
+
+
+def _numbers(version: str) -> list[int]:
+    """Of 1.32.0 the first two: what comes behind them is not always a number."""
+    return [int(part) for part in version.split(".")[:2]]

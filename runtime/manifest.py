@@ -17,10 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+from stillgraph.calling import Calling
 from stillgraph.errors import StillgraphError
-from stillgraph.spec import Frozen, GraphShape, ModelSpec, Port, input_ports, output_ports
+from stillgraph.ports import Port, PortRole, input_ports, of_role, output_ports
+from stillgraph.remake import remaking_command
+from stillgraph.spec import Frozen, GraphShape, ModelSpec
+from stillgraph.weight_tensor import WeightTensor
 
-FORMAT_VERSION: Literal[3] = 3
+FORMAT_VERSION: Literal[4] = 4
 MANIFEST = "manifest.json"
 
 Target = Literal["portable", "onnxruntime"]
@@ -46,15 +50,6 @@ class File(Frozen):
     sha256: Sha256
 
 
-class WeightTensor(Frozen):
-    """Where one weight lies in the weights file: byte offset and length, ONNX dtype name, shape."""
-
-    offset: NonNegativeInt
-    nbytes: NonNegativeInt
-    dtype: str
-    shape: tuple[NonNegativeInt, ...]
-
-
 class Weights(Frozen):
     """The one weights file every graph points into."""
 
@@ -63,21 +58,54 @@ class Weights(Frozen):
 
 
 class Alias(Frozen):
-    """An output that becomes an input of the next call. `same_buffer`: both may be bound to one buffer."""
+    """An output that becomes an input of the next call.
+
+    same_buffer: a permission. Both may be bound to one buffer, which saves memory and a copy, and need not
+    be: with buffers of their own the results are the same. Without it they must not share one.
+    """
 
     output: str
     input: str
     same_buffer: bool
 
 
+class Ops(Frozen):
+    """What a graph needs of a runtime. opsets: its version by domain, `` for ONNX's own; custom: ops of other
+    domains, by domain; onnxruntime: the least version of ONNX Runtime that runs it, None where that is not
+    known."""
+
+    opsets: dict[str, PositiveInt] = Field(default_factory=dict)
+    custom: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    onnxruntime: str | None = None
+
+
 class GraphEntry(Frozen):
-    """One graph: what fixes its shape, its file, and everything needed to call it."""
+    """One graph: what fixes its shape, its file, and everything needed to call it.
+
+    weights: tensors of the weights file that it reads whole; tables: those of which it reads the rows of its
+    ids alone.
+    """
 
     shape: GraphShape
     file: File
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     aliases: tuple[Alias, ...]
+    weights: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    ops: Ops = Ops()
+
+    def input(self, role: PortRole) -> Port:
+        """The input of a role that no layer has its own of. Raises KeyError where there is none."""
+        return of_role(self.inputs, role)
+
+    def output(self, role: PortRole) -> Port:
+        """As `input`, of the outputs."""
+        return of_role(self.outputs, role)
+
+    def takes(self, role: PortRole) -> bool:
+        """Whether it has an input of a role."""
+        return any(port.role == role for port in self.inputs)
 
 
 class CheckpointSource(Frozen):
@@ -86,14 +114,6 @@ class CheckpointSource(Frozen):
     id: str
     model_type: str
     checkpoint_sha256: Sha256
-
-
-class Tokens(Frozen):
-    """Special tokens of generation; `stop` end a text."""
-
-    bos: NonNegativeInt | None
-    pad: NonNegativeInt | None
-    stop: tuple[NonNegativeInt, ...]
 
 
 class Quantization(Frozen):
@@ -152,15 +172,17 @@ class Validation(Frozen):
 
 
 class Requires(Frozen):
-    """What the graphs need of a machine. cpu: instruction sets, as /proc/cpuinfo of Linux names them."""
+    """What the bundle needs of a machine. cpu: instruction sets, as /proc/cpuinfo of Linux names them;
+    onnxruntime: the least version of ONNX Runtime that runs every graph."""
 
     cpu: tuple[str, ...] = ()
+    onnxruntime: str | None = None
 
 
 class Manifest(Frozen):
     """`manifest.json`. Unknown keys are errors; another format version is refused."""
 
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     source: CheckpointSource
     model: ModelSpec
     target: Target
@@ -170,7 +192,7 @@ class Manifest(Frozen):
     tools: dict[str, str]
     graphs: dict[str, GraphEntry]
     weights: Weights
-    tokens: Tokens
+    calling: Calling
     files: tuple[File, ...]
     validation: Validation | None = None
 
@@ -214,8 +236,7 @@ def read(bundle: Path) -> Manifest:
         ) from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
-        remedy = f"this stillgraph understands version {FORMAT_VERSION}; export the bundle again with it"
-        raise StillgraphError("load bundle", f"{path} has format version {version!r}", remedy)
+        raise _other_version(path, raw, version)
     try:
         return Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
@@ -223,6 +244,18 @@ def read(bundle: Path) -> Manifest:
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         problem = f"{path}: {where}: {first['msg']}"
         raise StillgraphError("load bundle", problem, "export the bundle again") from error
+
+
+def _other_version(path: Path, raw: Any, version: object) -> StillgraphError:
+    """Why a manifest of another format is refused, and what to do."""
+    problem = f"{path} has format version {version!r} and this stillgraph understands {FORMAT_VERSION}"
+    if type(version) is not int or version < 1:
+        return StillgraphError("load bundle", problem, "export the bundle again")
+    if version > FORMAT_VERSION:
+        return StillgraphError("load bundle", problem, "upgrade with 'pip install --upgrade stillgraph'")
+    return StillgraphError(
+        "load bundle", problem, f"make it anew with '{remaking_command(raw, path.parent)}'"
+    )
 
 
 def check_files(bundle: Path, manifest: Manifest, hashes: bool = False) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stillgraph.calling import SamplingDefaults
 from stillgraph.errors import StillgraphError
 from stillgraph.session import Array
 
@@ -58,6 +59,32 @@ class Sampling:
         if self.min_p:
             chain.append(min_p(self.min_p))
         return chain
+
+
+def with_defaults(
+    makers: SamplingDefaults,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+) -> Sampling:
+    """A Sampling in which options that are None are as the model's makers set them.
+
+    Without a temperature of either tokens are drawn at 1 where the makers draw them, and else not at all.
+    """
+    if temperature is None:
+        drawn = 1.0 if makers.temperature is None else makers.temperature
+        temperature = drawn if makers.do_sample else 0.0
+    return Sampling(
+        temperature,
+        makers.top_k if top_k is None else top_k,
+        makers.top_p if top_p is None else top_p,
+        makers.min_p if min_p is None else min_p,
+        makers.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        seed,
+    )
 
 
 class Sampler:

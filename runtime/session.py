@@ -15,7 +15,7 @@ import onnxruntime as ort
 from stillgraph.cpu import EXACT_SUMS
 from stillgraph.errors import StillgraphError, first_line
 from stillgraph.manifest import GraphEntry
-from stillgraph.spec import Port
+from stillgraph.ports import Port
 
 Array = npt.NDArray[Any]
 

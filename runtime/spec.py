@@ -1,28 +1,16 @@
-"""The shape of a frozen model: the one source of tensor names, shapes and byte counts.
+"""The shape of a frozen model: its layers, and what fixes a graph's shape.
 
-Shapes: B batch, P prompt tokens (`max_len`), C cache slots, KV key/value heads, D head size, V vocabulary; N
-images, T features of one, H height, W width.
-A graph of role `dynamic` has lengths in their place, which have names.
+Shapes: B batch, P prompt tokens (`max_len`), C cache slots, KV key/value heads, D head size.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 LayerKind = Literal["full_attention", "sliding_attention"]
-DType = Literal["int64", "float32", "float16"]
 Role = Literal["prefill", "decode", "dynamic", "vision", "embed"]
-LengthName = Annotated[str, StringConstraints(pattern="^[a-z_]+$")]
-ITEM_SIZE: dict[str, int] = {"int64": 8, "float32": 4, "float16": 2}
-NEW, PAST, TOTAL = (
-    "new_tokens",
-    "past_tokens",
-    "total_tokens",
-)  # lengths of a dynamic graph; the last is their sum
 
 
 class Frozen(BaseModel):
@@ -33,10 +21,17 @@ class Frozen(BaseModel):
 
 
 class LayerSpec(Frozen):
-    """One decoder layer: its attention kind, and the positions it sees (None: all of them)."""
+    """One decoder layer: its attention kind, and the positions it sees (None: all of them).
+
+    kv_heads, head_dim: of its keys and values. kv_from: the earlier layer whose keys and values it reads; it
+    then has none of its own, and no cache. None where it makes them itself.
+    """
 
     kind: LayerKind
     window: PositiveInt | None = None
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    kv_from: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _window_fits_kind(self) -> LayerSpec:
@@ -71,38 +66,34 @@ class ModelSpec(Frozen):
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
     max_position_embeddings: PositiveInt
     layers: tuple[LayerSpec, ...]
     vision: VisionSpec | None = None
+
+    @model_validator(mode="after")
+    def _shared_layers_fit(self) -> ModelSpec:
+        for index, layer in enumerate(self.layers):
+            if layer.kv_from is None:
+                continue
+            if layer.kv_from >= index:
+                raise ValueError(
+                    f"layer {index} reads keys and values of layer {layer.kv_from}, not before it"
+                )
+            source = self.layers[layer.kv_from]
+            if source != layer.model_copy(update={"kv_from": None}):
+                wanted = "which has none of its own, or is of another kind or size"
+                raise ValueError(f"layer {index} reads keys and values of layer {layer.kv_from}, {wanted}")
+        return self
 
     @property
     def windows(self) -> list[int]:
         """The different windows of the sliding layers, ascending."""
         return sorted({layer.window for layer in self.layers if layer.window is not None})
 
-
-class Port(Frozen):
-    """One input or output of a graph. A name in the shape is a length that every call may choose."""
-
-    name: str
-    dtype: DType
-    shape: tuple[PositiveInt | LengthName, ...]
-    meaning: str
-
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """The shape of a port whose every dimension is a number."""
-        return self.at({})
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.sizes) * ITEM_SIZE[self.dtype]
-
-    def at(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with `lengths` for names. Raises KeyError for a name that is not among them."""
-        return tuple(lengths[size] if isinstance(size, str) else size for size in self.shape)
+    def cached(self) -> list[int]:
+        """The layers that have a cache: all but those that read another's keys and values."""
+        return [index for index, layer in enumerate(self.layers) if layer.kv_from is None]
 
 
 class GraphShape(Frozen):
@@ -189,91 +180,12 @@ class GraphShape(Frozen):
         return -(-(length - capacity) // stride) * stride
 
 
-def past_names(layer: int) -> tuple[str, str]:
-    return f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"
-
-
-def present_names(layer: int) -> tuple[str, str]:
-    return f"present.{layer}.key", f"present.{layer}.value"
-
-
 def cache_shape(spec: ModelSpec, shape: GraphShape, layer: int) -> tuple[int, int, int, int]:
-    """[B, KV, C, D] of a layer's key or value buffer."""
-    return shape.batch, spec.num_key_value_heads, shape.capacity(spec.layers[layer]), spec.head_dim
+    """[B, KV, C, D] of the key or the value buffer of a layer that has a cache."""
+    own = spec.layers[layer]
+    return shape.batch, own.kv_heads, shape.capacity(own), own.head_dim
 
 
 def marks_pictures(spec: ModelSpec, shape: GraphShape) -> bool:
     """Whether a graph is told which tokens are of a picture, because they see each other."""
     return shape.embeds and spec.vision is not None and spec.vision.bidirectional
-
-
-def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
-    """The inputs of a graph, in order."""
-    if shape.role == "vision":
-        return (_pixels(spec, shape),)
-    if shape.grows:
-        ids = Port(name="input_ids", dtype="int64", shape=(1, NEW), meaning="token ids, at least 1")
-        return (ids, *_cache_ports(spec, shape, past_names, "before the call", PAST))
-    rows = (shape.batch,)
-    meaning = "token ids" if shape.role == "decode" else "token ids, right-padded"
-    ports = [Port(name="input_ids", dtype="int64", shape=(shape.batch, shape.max_len), meaning=meaning)]
-    if shape.embeds:
-        ports = [_embeddings(spec, shape)]
-    if shape.role == "prefill":
-        meaning = "valid tokens of this call, at least 1"
-        ports.append(Port(name="prompt_length", dtype="int64", shape=rows, meaning=meaning))
-    if marks_pictures(spec, shape):
-        meaning = "k for tokens of the k-th image of the call, which see each other; 0 for text"
-        sizes = shape.batch, shape.max_len
-        ports.append(Port(name="token_type_ids", dtype="int64", shape=sizes, meaning=meaning))
-    if shape.ctx is not None:
-        ports.append(
-            Port(name="past_length", dtype="int64", shape=rows, meaning="tokens already in the cache")
-        )
-        ports += _cache_ports(
-            spec, shape, past_names, "before the call; slots from past_length on are not read"
-        )
-    return tuple(ports)
-
-
-def output_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
-    """The outputs of a graph, in order."""
-    if shape.role == "embed":
-        return (_embeddings(spec, shape),)
-    if shape.role == "vision":
-        sizes = shape.batch, shape.max_len, spec.hidden_size
-        features = "what a prompt has for an image's tokens in place of embeddings"
-        return (Port(name="image_features", dtype="float32", shape=sizes, meaning=features),)
-    meaning = "next-token logits after the last valid token of each row"
-    logits = Port(name="logits", dtype="float32", shape=(shape.batch, 1, spec.vocab_size), meaning=meaning)
-    total = TOTAL if shape.grows else None
-    return (logits, *_cache_ports(spec, shape, present_names, "after the call", total))
-
-
-def _pixels(spec: ModelSpec, shape: GraphShape) -> Port:
-    assert spec.vision is not None
-    sizes = shape.batch, spec.vision.channels, spec.vision.height, spec.vision.width
-    return Port(name="pixel_values", dtype="float32", shape=sizes, meaning="pixels, as preprocessed")
-
-
-def _embeddings(spec: ModelSpec, shape: GraphShape) -> Port:
-    sizes = shape.batch, shape.max_len, spec.hidden_size
-    meaning = "embeddings of tokens, or features of images in their place; right-padded"
-    return Port(name="inputs_embeds", dtype="float32", shape=sizes, meaning=meaning)
-
-
-def _cache_ports(
-    spec: ModelSpec,
-    shape: GraphShape,
-    names: Callable[[int], tuple[str, str]],
-    when: str,
-    length: str | None = None,
-) -> list[Port]:
-    """length: the name of the keys' and values' length, where they have one instead of slots."""
-    ports = []
-    for i in range(len(spec.layers)):
-        batch, heads, capacity, size = cache_shape(spec, shape, i)
-        for kind, name in zip(("keys", "values"), names(i), strict=True):
-            sizes, meaning = (batch, heads, length or capacity, size), f"layer {i} {kind} {when}"
-            ports.append(Port(name=name, dtype="float32", shape=sizes, meaning=meaning))
-    return ports

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from stillgraph.calling import Calling, Tokens
 from stillgraph.engine import Engine
 from stillgraph.kv_cache import GraphPair
 from stillgraph.manifest import (
@@ -24,11 +25,11 @@ from stillgraph.manifest import (
     File,
     GraphEntry,
     Manifest,
-    Tokens,
     Weights,
-    WeightTensor,
 )
-from stillgraph.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
+from stillgraph.ports import input_ports, output_ports
+from stillgraph.spec import GraphShape, LayerSpec, ModelSpec
+from stillgraph.weight_tensor import WeightTensor
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 CHAT = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
@@ -59,10 +60,8 @@ def spec(vocab: int) -> ModelSpec:
         vocab_size=vocab,
         hidden_size=1,
         num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=1,
         max_position_embeddings=1024,
-        layers=(LayerSpec(kind="full_attention"),),
+        layers=(LayerSpec(kind="full_attention", kv_heads=1, head_dim=1),),
     )
 
 
@@ -134,7 +133,7 @@ class MockRunner:
 def manifest(graphs: dict[str, GraphEntry], vocab: int, stop: Sequence[int] = (), **changes: Any) -> Manifest:
     weights = Weights(
         file=File(path="weights.data", nbytes=4, sha256=hashlib.sha256(b"\0" * 4).hexdigest()),
-        tensors={"w": WeightTensor(offset=0, nbytes=4, dtype="float32", shape=(1,))},
+        tensors={"w": WeightTensor(offset=0, nbytes=4, dtype="FLOAT", shape=(1,), sources=("w",), bits=32)},
     )
     values = {
         "source": CheckpointSource(id="mock", model_type="mock", checkpoint_sha256="0" * 64),
@@ -144,7 +143,7 @@ def manifest(graphs: dict[str, GraphEntry], vocab: int, stop: Sequence[int] = ()
         "tools": {},
         "graphs": graphs,
         "weights": weights,
-        "tokens": Tokens(bos=None, pad=None, stop=tuple(stop)),
+        "calling": Calling(tokens=Tokens(bos=None, stop=tuple(stop)), prompt=None),
         "files": (),
     }
     return Manifest(**(values | changes))

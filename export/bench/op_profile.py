@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,6 @@ KERNEL = "_kernel_time"
 # What the exporter puts before the slash of a node's name. Another node, such as one that ONNX Runtime adds,
 # or one that makes a mask for several layers, is in "other".
 PLACES = {"embed_tokens": "embedding", "norm": "head", "lm_head": "head"}
-LAYER = re.compile(r"layers\.(\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,10 @@ def layer_of(node: str) -> str:
     module, slash, _ = node.partition("/")
     if not slash:
         return "other"
-    layer = LAYER.match(module)
-    return f"layer {layer[1]}" if layer else PLACES.get(module, "other")
+    head, *rest = module.split(".")
+    if head == "layers" and rest and rest[0].isdecimal():
+        return f"layer {rest[0]}"
+    return PLACES.get(module, "other")
 
 
 def _order(name: str) -> tuple[int, int]:

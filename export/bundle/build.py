@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from pydantic import ValidationError
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
-from stillgraph.exporter.checkpoint import CARRIED, STAGE, Checkpoint, open_checkpoint, read_json
+from stillgraph.exporter.bundle.calling import calling
+from stillgraph.exporter.bundle.needs import least_onnxruntime, needs, reads
+from stillgraph.exporter.checkpoint import CARRIED, Checkpoint, open_checkpoint
 from stillgraph.exporter.config import (
     ExportConfig,
     Say,
@@ -36,13 +37,14 @@ from stillgraph.manifest import (
     File,
     GraphEntry,
     Manifest,
-    Tokens,
+    Requires,
     Weights,
     check_files,
     read,
     sha256,
 )
-from stillgraph.spec import GraphShape, input_ports, output_ports, past_names, present_names
+from stillgraph.ports import input_ports, output_ports, past_names, present_names
+from stillgraph.spec import GraphShape
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxsim", "onnx-ir", "stillgraph")
 SIMPLIFY_REPORT = "reports/simplify.json"
@@ -70,7 +72,7 @@ def export(
     """
     say("reading the checkpoint")
     checkpoint = open_checkpoint(config.model)
-    special = tokens(checkpoint)
+    calling(checkpoint, shapes)  # refuses files that cannot be used, before any work
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
     if former is not None:
         check_files(config.place, former)
@@ -94,7 +96,7 @@ def export(
             graphs[entry.shape.name] = _write_graph(folder, checkpoint, entry, stored)
         _drop_unlisted(folder, graphs)
         _write_simplify_report(folder, traced, graphs, stored, say)
-        manifest = _manifest(folder, checkpoint, config, special, graphs, stored)
+        manifest = _manifest(folder, checkpoint, config, graphs, stored)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -154,13 +156,14 @@ def _write_weights(
 def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: Weights) -> GraphEntry:
     spec, shape = checkpoint.spec, traced.shape
     weights.attach(traced.after, stored)
+    whole, gathered = reads(traced.after)
     path = folder / f"{shape.name}.onnx"
     path.unlink(missing_ok=True)  # it may be a link into the previous bundle
     ir.save(traced.after, path)
     pairs = [
         # A decode and a fused prefill write into their past; a portable prefill selects between two buffers.
         Alias(output=output, input=past, same_buffer=shape.role == "decode" or shape.slack is not None)
-        for layer in range(len(spec.layers))
+        for layer in spec.cached
         for output, past in zip(present_names(layer), past_names(layer), strict=True)
     ]
     return GraphEntry(
@@ -169,6 +172,9 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: W
         inputs=input_ports(spec, shape),
         outputs=output_ports(spec, shape),
         aliases=tuple(pairs) if shape.ctx else (),
+        weights=whole,
+        tables=gathered,
+        ops=needs(traced.after),
     )
 
 
@@ -203,7 +209,6 @@ def _manifest(
     folder: Path,
     checkpoint: Checkpoint,
     config: ExportConfig,
-    special: Tokens,
     graphs: dict[str, GraphEntry],
     stored: Weights,
 ) -> Manifest:
@@ -223,33 +228,13 @@ def _manifest(
         target=config.target,
         precision=config.precision,
         quantization=config.quantization,
+        requires=Requires(onnxruntime=least_onnxruntime(graphs.values())),
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         graphs=graphs,
         weights=stored,
-        tokens=special,
+        calling=calling(checkpoint, [entry.shape for entry in graphs.values()]),
         files=(*files, describe(folder, folder / SIMPLIFY_REPORT)),
     )
-
-
-def tokens(checkpoint: Checkpoint) -> Tokens:
-    """Special tokens: of generation_config.json where there is one, else of the config.
-
-    Raises StillgraphError where they are not numbers of tokens.
-    """
-    path = checkpoint.folder / "generation_config.json"
-    generation = read_json(path, "download the file again") if path.is_file() else {}
-
-    def get(name: str) -> object:
-        return generation.get(name, getattr(checkpoint.config, name, None))
-
-    stop = get("eos_token_id")
-    stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
-    try:
-        return Tokens.model_validate({"bos": get("bos_token_id"), "pad": get("pad_token_id"), "stop": stop})
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{path}: special token {first['loc'][0]} is {first['input']!r}: {first['msg']}"
-        raise StillgraphError(STAGE, problem, "give it the number of a token") from error
 
 
 def describe(folder: Path, path: Path) -> File:

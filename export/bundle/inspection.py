@@ -17,7 +17,8 @@ from stillgraph.compiled import Found, Products, find
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.compile.product_times import product_table
 from stillgraph.manifest import GraphEntry, Manifest, Quantization, Validation, check_files, read
-from stillgraph.spec import ITEM_SIZE, Frozen, GraphShape, LayerKind, cache_shape
+from stillgraph.ports import ITEM_SIZE
+from stillgraph.spec import Frozen, GraphShape, LayerSpec, cache_shape
 
 STAGE = "inspect"
 MB = 1e6
@@ -46,11 +47,9 @@ class GraphInspection(Frozen):
     largest_activation: Activation | None
 
 
-class LayerCache(Frozen):
-    """A layer's keys and values: what it sees, its slots, and the bytes of both buffers."""
+class LayerCache(LayerSpec):
+    """A layer, and its keys and values: slots, and the bytes of both buffers; none where it has kv_from."""
 
-    kind: LayerKind
-    window: int | None
     capacity: int
     nbytes: int
 
@@ -156,22 +155,19 @@ def _activation(value: onnx.ValueInfoProto, op: str) -> Activation:
 def _memory(manifest: Manifest) -> MemoryUse:
     entry = manifest.graph("decode") or manifest.graph("prefill") or manifest.graph("dynamic")
     layers = _caches(manifest, entry) if entry else ()
-    return MemoryUse(
-        weights=manifest.weights.file.nbytes,
-        layers=layers,
-        cache=sum(layer.nbytes for layer in layers),
-    )
+    cache = sum(layer.nbytes for layer in layers)
+    return MemoryUse(weights=manifest.weights.file.nbytes, layers=layers, cache=cache)
 
 
 def _caches(manifest: Manifest, entry: GraphEntry) -> tuple[LayerCache, ...]:
     """Per layer, of the buffers that the graph reads, or writes where it reads none; at ctx."""
     item = 2 * ITEM_SIZE["float32"]  # of keys and values
+    sizes = {index: cache_shape(manifest.model, entry.shape, index) for index in manifest.model.cached}
     return tuple(
         LayerCache(
-            kind=layer.kind,
-            window=layer.window,
-            capacity=entry.shape.capacity(layer),
-            nbytes=item * math.prod(cache_shape(manifest.model, entry.shape, index)),
+            **layer.model_dump(),
+            capacity=sizes[index][2] if index in sizes else 0,
+            nbytes=item * math.prod(sizes.get(index, (0,))),
         )
         for index, layer in enumerate(manifest.model.layers)
     )
@@ -284,7 +280,10 @@ def _memory_table(inspection: Inspection) -> Table:
         sees = f"window {layer.window}" if layer.window else "sees all"
         what = f"  {'each of' if len(indices) > 1 else 'of'} {len(indices)} {layer.kind}"
         layers = ", ".join(map(str, indices))
-        table.add_row(what, f"{layer.nbytes / MB:,.2f}", f"{layer.capacity} slots, {sees}; layers {layers}")
+        held = f"{layer.capacity} slots of {layer.kv_heads} x {layer.head_dim}"
+        if layer.kv_from is not None:
+            held = f"those of layer {layer.kv_from}"
+        table.add_row(what, f"{layer.nbytes / MB:,.2f}", f"{held}, {sees}; layers {layers}")
     for name, graph in inspection.graphs.items():
         if (largest := graph.largest_activation) is not None:
             made = f"{largest.op} {largest.dtype} {list(largest.shape)}"

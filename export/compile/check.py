@@ -50,10 +50,10 @@ def random_inputs(entry: GraphEntry, vocab: int, seed: int) -> dict[str, Array]:
     shape, arrays = entry.shape, dict[str, Array]()
     past = min(shape.max_len, (shape.ctx or shape.max_len) - shape.max_len)
     for port in entry.inputs:
-        if port.name == "input_ids":  # [B, P]
+        if port.role == "token_ids":  # [B, P]
             arrays[port.name] = rng.integers(0, vocab, port.sizes)
-        elif port.name.endswith("_length"):  # [B]
-            length = shape.max_len if port.name == "prompt_length" else max(past, 0)
+        elif port.role in ("valid_length", "past_length"):  # [B]
+            length = shape.max_len if port.role == "valid_length" else max(past, 0)
             arrays[port.name] = np.full(port.sizes, length, np.int64)
         else:
             arrays[port.name] = rng.standard_normal(port.sizes, np.float32).astype(port.dtype)

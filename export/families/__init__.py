@@ -123,13 +123,15 @@ def decoder_spec(architecture: str, config: Any) -> ModelSpec:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     windows = {"sliding_attention": window, "full_attention": None}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelSpec(
         architecture=architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         max_position_embeddings=config.max_position_embeddings,
-        layers=tuple(LayerSpec(kind=kind, window=windows[kind]) for kind in kinds),
+        layers=tuple(
+            LayerSpec(kind=kind, window=windows[kind], kv_heads=config.num_key_value_heads, head_dim=head_dim)
+            for kind in kinds
+        ),
     )

@@ -18,6 +18,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from stillgraph.weight_tensor import Layout, WeightChange
+
 SUBGRAPH_BYTES = 1024  # constants up to this size stay in the graph
 TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 
@@ -38,6 +40,17 @@ class Tensors:
         return self._made
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a weight is made of and how it is stored, as `stillgraph.manifest.WeightTensor` says it."""
+
+    sources: tuple[str, ...]
+    changes: tuple[WeightChange, ...]
+    bits: int
+    layout: Layout = "plain"
+    block: int | None = None
+
+
 class Weight(Protocol):
     """What the weights file can hold: a recipe, or a part of a quantized one.
 
@@ -54,6 +67,8 @@ class Weight(Protocol):
     def dtype(self) -> ir.DataType: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def origin(self) -> Origin: ...
     def make(self, tensors: Tensors) -> np.ndarray: ...
 
 
@@ -63,6 +78,11 @@ class WeightStep:
 
     op: str
     argument: tuple[int, ...] | float | ir.DataType
+
+    def described(self) -> WeightChange:
+        """The same for the manifest."""
+        argument = self.argument.name if isinstance(self.argument, ir.DataType) else self.argument
+        return WeightChange.model_validate({"op": self.op, "argument": argument})
 
     def run(self, tensor: torch.Tensor) -> torch.Tensor:
         match self.argument:
@@ -92,6 +112,11 @@ class Recipe:
     @property
     def content(self) -> str:
         return self.name
+
+    @property
+    def origin(self) -> Origin:
+        sources = self.sources if self.constant is None else ()
+        return Origin(sources, tuple(step.described() for step in self.steps), self.dtype.bitwidth)
 
     @property
     def nbytes(self) -> int:

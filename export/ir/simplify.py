@@ -19,7 +19,8 @@ from stillgraph.errors import CheckFailed
 from stillgraph.exporter.ort import SAME, difference, open_graph, run
 from stillgraph.manifest import Alias
 from stillgraph.metrics import peak_rss_mb
-from stillgraph.spec import NEW, PAST, Frozen
+from stillgraph.ports import NEW, PAST
+from stillgraph.spec import Frozen
 
 FORBIDDEN = frozenset(
     "If Loop Scan NonZero Unique Optional SequenceAt SequenceConstruct SequenceEmpty SequenceInsert"

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from stillgraph.exporter.ir.fold_weights import Recipe, Tensors, WeightStep
+from stillgraph.exporter.ir.fold_weights import Origin, Recipe, Tensors, WeightStep
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
+from stillgraph.weight_tensor import Layout
 
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 
@@ -45,10 +46,11 @@ class Matrix:
         return quantized
 
     def part(
-        self, suffix: str, dtype: ir.DataType, shape: tuple[int, ...], pack: Pack, same: str | None = None
+        self, layout: Layout, dtype: ir.DataType, shape: tuple[int, ...], pack: Pack, name: str | None = None
     ) -> Part:
-        name = f"{self.recipe.name}.int{self.form.bits}"
-        return Part(self, f"{name}.{suffix}", f"{name}.{same or suffix}", dtype, shape, pack)
+        """name: in place of the layout's, of a part of the same bytes that another op reads."""
+        start = f"{self.recipe.name}.int{self.form.bits}"
+        return Part(self, f"{start}.{name or layout}", f"{start}.{layout}", layout, dtype, shape, pack)
 
 
 Pack = Callable[[Quantized], Tensor]
@@ -61,6 +63,7 @@ class Part:
     matrix: Matrix
     name: str
     content: str
+    layout: Layout
     dtype: ir.DataType
     shape: tuple[int, ...]
     pack: Pack
@@ -68,6 +71,15 @@ class Part:
     @property
     def nbytes(self) -> int:
         return -(-math.prod(self.shape) * self.dtype.bitwidth // 8)
+
+    @property
+    def origin(self) -> Origin:
+        """Scales are numbers of 32 bits; codes and zero points have the form's bits, whatever the dtype."""
+        recipe, form = self.matrix.recipe, self.matrix.form
+        bits = 32 if self.dtype == ir.DataType.FLOAT else form.bits
+        block = None if self.layout in ("channels", "channel_scales") else form.block
+        changes = tuple(step.described() for step in recipe.steps)
+        return Origin(recipe.sources, changes, bits, self.layout, block)
 
     def make(self, tensors: Tensors) -> np.ndarray:
         """The bytes of the tensor, or the tensor, C-contiguous."""
@@ -94,7 +106,7 @@ def packed(matrix: Matrix) -> Part:
 def table(matrix: Matrix) -> Part:
     """UINT8 [N, L * block * bits / 8]: `packed`, row by row."""
     shape = matrix.rows, matrix.blocks * _bytes(matrix, matrix.form.block)
-    return matrix.part("table", ir.DataType.UINT8, shape, _packed, same="packed")
+    return matrix.part("packed", ir.DataType.UINT8, shape, _packed, name="table")
 
 
 def scales(matrix: Matrix) -> Part:
@@ -142,7 +154,7 @@ def gathered(part: Part) -> Part:
         shape, dtype = (*part.shape[:-1], part.shape[-1] // 2), ir.DataType.UINT8
     else:
         shape, dtype = part.shape, part.dtype
-    return Part(part.matrix, f"{part.name}_gathered", part.content, dtype, shape, part.pack)
+    return replace(part, name=f"{part.name}_gathered", dtype=dtype, shape=shape)
 
 
 # For products of int8 with int8: one scale a row.

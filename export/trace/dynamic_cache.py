@@ -5,6 +5,8 @@ Shapes: B batch, S new tokens, T past tokens, KV key/value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ class GrowingCache:
     token too, and see their window by mask: one rule of what is visible serves all graphs.
     """
 
-    def __init__(self, past: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, past: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         self.past = past
         self.present: dict[int, tuple[Tensor, Tensor]] = {}
 

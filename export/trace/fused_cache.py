@@ -6,10 +6,12 @@ R positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from stillgraph.spec import GraphShape, ModelSpec
+from stillgraph.spec import GraphShape, LayerSpec, ModelSpec
 
 GROUP_QUERY_ATTENTION = "com.microsoft::GroupQueryAttention"
 ROTARY_MULTIPLE = 16  # of the RoPE inside the op; other heads are rotated before it
@@ -19,7 +21,7 @@ UNUSED = [None] * 7  # position_ids to v_norm_weight, between sin_cache and quer
 class FusedCache:
     """What a model calls `past_key_values`, and the attention over it, since one op does both in place.
 
-    past: (key, value) [B, KV, C, D] a layer; past_length: int64 [B] tokens in the cache before this call;
+    past: (key, value) [B, KV, C, D] by layer; past_length: int64 [B] tokens in the cache before this call;
     new_length: int64 [B] valid ones of the S new tokens; rotary: (cos, sin) [R, D / 2] of each layer kind.
     `present[i]` holds layer i's (key, value) after its `attend`.
     """
@@ -28,7 +30,7 @@ class FusedCache:
         self,
         spec: ModelSpec,
         shape: GraphShape,
-        past: list[tuple[Tensor, Tensor]],
+        past: Mapping[int, tuple[Tensor, Tensor]],
         lengths: tuple[Tensor, Tensor],
         rotary: dict[str, tuple[Tensor, Tensor]],
     ) -> None:
@@ -44,10 +46,10 @@ class FusedCache:
         query: [B, S, H * D], key and value: [B, S, KV * D], normalized, RoPE not yet applied.
         """
         layer = self.spec.layers[module.layer_idx]  # type: ignore[index]
-        cos, sin = self.rotary[layer.kind]
-        if self.rotates_before:
-            query, key = (self.rotate(heads, cos, sin) for heads in (query, key))
-        return self.call(module, query, key, value, not self.rotates_before)
+        before = layer.head_dim % ROTARY_MULTIPLE != 0
+        if before:
+            query, key = (self.rotate(heads, layer) for heads in (query, key))
+        return self.call(module, query, key, value, rotates=not before)
 
     def call(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rotates: bool) -> Tensor:
         """The op itself, which writes the cache: [B, S, heads * D] of any number of query heads.
@@ -65,8 +67,8 @@ class FusedCache:
             GROUP_QUERY_ATTENTION,
             [*inputs, *UNUSED, self.new_length],
             attrs={  # RoPE rotates halves (`rotate_half` of transformers): not interleaved
-                "num_heads": query.shape[-1] // self.spec.head_dim,
-                "kv_num_heads": self.spec.num_key_value_heads,
+                "num_heads": query.shape[-1] // layer.head_dim,
+                "kv_num_heads": layer.kv_heads,
                 "scale": float(scaling),  # type: ignore[arg-type]
                 "do_rotary": int(rotates),
                 "rotary_interleaved": 0,
@@ -80,17 +82,14 @@ class FusedCache:
         self.present[index] = present[0], present[1]
         return output
 
-    @property
-    def rotates_before(self) -> bool:
-        return self.spec.head_dim % ROTARY_MULTIPLE != 0
-
-    def rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """RoPE of [B, S, heads * D] at the positions of this call."""
+    def rotate(self, heads: Tensor, layer: LayerSpec) -> Tensor:
+        """RoPE of a layer's [B, S, heads * D] at the positions of this call."""
+        cos, sin = self.rotary[layer.kind]
         offsets = torch.arange(heads.shape[1])[None, :]
         rotated: Tensor = torch.onnx.ops.symbolic(
             "RotaryEmbedding",
             [heads, cos, sin, self.past_length[:, None] + offsets],
-            attrs={"num_heads": heads.shape[-1] // self.spec.head_dim},
+            attrs={"num_heads": heads.shape[-1] // layer.head_dim},
             dtype=heads.dtype,
             shape=heads.shape,
             version=23,

@@ -12,13 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillgraph.errors import StillgraphError
 from stillgraph.exporter.families import Family
 from stillgraph.exporter.trace.attention import additive_mask
 from stillgraph.exporter.trace.dynamic_cache import GrowingCache
 from stillgraph.exporter.trace.fused_cache import FusedCache
 from stillgraph.exporter.trace.image_cache import PictureCache
 from stillgraph.exporter.trace.static_cache import StaticCache, same_picture, visible
-from stillgraph.spec import GraphShape, ModelSpec, marks_pictures
+from stillgraph.spec import GraphShape, LayerKind, LayerSpec, ModelSpec, marks_pictures
+
+
+def by_kind(spec: ModelSpec) -> dict[LayerKind, LayerSpec]:
+    """A layer of each kind, which stands for all of them: one mask and one RoPE table serve a kind.
+
+    Raises StillgraphError where layers of a kind differ in more than whose keys and values they read.
+    """
+    found: dict[LayerKind, LayerSpec] = {}
+    for index, each in enumerate(spec.layers):
+        layer = each.model_copy(update={"kv_from": None})
+        if found.setdefault(layer.kind, layer) != layer:
+            problem = f"layer {index} differs from other {layer.kind} layers in its window or its heads"
+            raise StillgraphError("trace", problem, "export a checkpoint whose layers of a kind are alike")
+    return found
+
+
+def groups(spec: ModelSpec, layer: LayerSpec) -> int:
+    """Query heads that share a key/value head."""
+    return spec.num_attention_heads // layer.kv_heads
 
 
 def masks(
@@ -28,15 +48,19 @@ def masks(
 
     pictures: `same_picture`'s, of the tokens at these positions.
     """
-    groups = spec.num_attention_heads // spec.num_key_value_heads
-    windows = {layer.kind: layer.window for layer in spec.layers}
     same = None
     if pictures is not None:
         same = same_picture(pictures, torch.arange(count)[None] - positions[:, :1])
     return {
-        kind: additive_mask(visible(positions, count, window, same), groups)
-        for kind, window in windows.items()
+        kind: additive_mask(visible(positions, count, layer.window, same), groups(spec, layer))
+        for kind, layer in by_kind(spec).items()
     }
+
+
+def by_layer(spec: ModelSpec, tensors: tuple[Tensor, ...]) -> dict[int, tuple[Tensor, Tensor]]:
+    """(key, value) of each layer that has a cache, of the tensors in the order of the ports."""
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return dict(zip(spec.cached, pairs, strict=True))
 
 
 class Graph(nn.Module):
@@ -64,11 +88,11 @@ class Graph(nn.Module):
         """Run the decoder over ids [B, S] or embeddings [B, S, hidden].
 
         pictures: int64 [B, S], numbers of pictures whose tokens see each other, 0 for text. Returns (logits
-        [B, 1, V], key, value of layer 0, key, ...).
+        [B, 1, V], key, value of the first layer with a cache, key, ...).
         """
         positions = torch.arange(tokens.shape[1])[None, :].expand(tokens.shape[0], -1)
         attention_masks: dict[str, Tensor | None]
-        buffers = list(zip(past[::2], past[1::2], strict=True)) if past else None
+        buffers = by_layer(self.spec, past) if past else None
         cache: StaticCache | FusedCache | PictureCache
         if self.shape.slack is not None:
             assert past_length is not None
@@ -91,7 +115,7 @@ class Graph(nn.Module):
             use_cache=True,
         ).last_hidden_state  # [B, S, hidden]
         logits = self.head(hidden if new_length is None else last_valid(hidden, new_length))
-        present = [cache.present[layer] for layer in range(len(self.spec.layers))]
+        present = [cache.present[layer] for layer in self.spec.cached]
         return logits, *(tensor for pair in present for tensor in pair)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -109,9 +133,9 @@ def rotary_tables(
     They are what the model's own rotary embedding gives; both halves of its [R, D] are the same.
     """
     positions = torch.arange(shape.limit + (shape.slack or 0))[None]
-    half = spec.head_dim // 2
     tables: dict[str, tuple[Tensor, Tensor]] = {}
-    for kind in sorted({layer.kind for layer in spec.layers}):
+    for kind, layer in sorted(by_kind(spec).items()):
+        half = layer.head_dim // 2
         cos, sin = family.rotary(family.decoder(model).rotary_emb, positions, kind)
         tables[kind] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
     return tables
@@ -147,7 +171,7 @@ class DynamicGraph(Graph):
 
     def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """input_ids [B, S], past [B, KV, T, D]: (logits [B, 1, V], keys [B, KV, T + S, D], ...)."""
-        cache = GrowingCache(list(zip(past[::2], past[1::2], strict=True)))
+        cache = GrowingCache(by_layer(self.spec, past))
         length, new = cache.get_seq_length(), input_ids.shape[1]
         positions = torch.arange(length, length + new)[None]
         hidden = self.decoder(
@@ -157,7 +181,7 @@ class DynamicGraph(Graph):
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state  # [B, S, hidden]
-        present = [cache.present[layer] for layer in range(len(self.spec.layers))]
+        present = [cache.present[layer] for layer in self.spec.cached]
         return self.head(hidden[:, -1:]), *(tensor for pair in present for tensor in pair)
 
 

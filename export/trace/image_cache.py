@@ -31,33 +31,29 @@ class PictureCache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, module: nn.Module) -> Tensor:
         """As `FusedCache.attend`: [B, S, H * D]."""
         index: int = module.layer_idx  # type: ignore[assignment]
-        kind = self.cache.spec.layers[index].kind
-        query, key = (self.cache.rotate(heads, *self.cache.rotary[kind]) for heads in (query, key))
+        layer = self.cache.spec.layers[index]
+        query, key = (self.cache.rotate(heads, layer) for heads in (query, key))
         pairs = zip(self.cache.past[index], (key, value), strict=True)
-        keys, values = (torch.cat([past, self._heads(new)], dim=2) for past, new in pairs)
+        keys, values = (torch.cat([past, _heads(new, layer)], dim=2) for past, new in pairs)
         scaling = float(module.scaling)  # type: ignore[arg-type]
-        seen, _ = portable_attention(module, self._heads(query), keys, values, self.masks[kind], scaling)
+        mask = self.masks[layer.kind]
+        seen, _ = portable_attention(module, _heads(query, layer), keys, values, mask, scaling)
         output = seen.reshape(query.shape)
         # The op writes into the buffers that were just read. It has to come later, so it is given a query
         # that there is only then; what it makes of it is not used, so few heads will do.
         self.cache.call(module, output[:, :, : key.shape[-1]], key, value, rotates=False)
         return output
 
-    def _heads(self, tensor: Tensor) -> Tensor:
-        """[B, S, heads * D] as [B, heads, S, D]."""
-        batch, tokens, _ = tensor.shape
-        return tensor.reshape(batch, tokens, -1, self.cache.spec.head_dim).transpose(1, 2)
-
     def _mask(self, layer: LayerSpec, pictures: Tensor) -> Tensor:
         """Of the queries over the slots of the cache before the call and, behind them, the new tokens."""
-        cache, spec = self.cache, self.cache.spec
+        cache = self.cache
         length, capacity = cache.past_length[:, None], cache.shape.capacity(layer)
         held = torch.arange(capacity)[None] + self._first_position(layer)
         new = length + torch.arange(pictures.shape[1])[None]
         keys = torch.cat([torch.where(held < length, held, NOWHERE), new], dim=1)
         source = torch.arange(-capacity, pictures.shape[1])[None].expand(pictures.shape[0], -1)
         seen = visible(new, keys, layer.window, same_picture(pictures, source))
-        return additive_mask(seen, spec.num_attention_heads // spec.num_key_value_heads)
+        return additive_mask(seen, cache.spec.num_attention_heads // layer.kv_heads)
 
     def _first_position(self, layer: LayerSpec) -> Tensor:
         """`GraphShape.first_position` of each row's cache before the call: int64 [B, 1]."""
@@ -73,3 +69,9 @@ class PictureCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """As `FusedCache.get_seq_length`."""
         return self.cache.get_seq_length(layer_idx)
+
+
+def _heads(tensor: Tensor, layer: LayerSpec) -> Tensor:
+    """[B, S, heads * D] as [B, heads, S, D]."""
+    batch, tokens, _ = tensor.shape
+    return tensor.reshape(batch, tokens, -1, layer.head_dim).transpose(1, 2)

@@ -5,6 +5,8 @@ Shapes: B batch, S new tokens, C cache slots, KV key/value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -66,13 +68,14 @@ def write(past: Tensor, new: Tensor, past_length: Tensor, new_length: Tensor | N
 class StaticCache:
     """What a model calls `past_key_values`, over buffers of a fixed size. Not a `transformers.Cache`.
 
+    past: (key, value) by layer; one that reads another's keys and values has none, and calls no `update`.
     `present[i]` holds layer i's (key, value) after its `update`: with a past the written buffers
     [B, KV, C, D], without one (the first prompt of a prefill graph) the new tokens themselves [B, KV, S, D].
     """
 
     def __init__(
         self,
-        past: list[tuple[Tensor, Tensor]] | None,
+        past: Mapping[int, tuple[Tensor, Tensor]] | None,
         past_length: Tensor | None = None,
         new_length: Tensor | None = None,
     ) -> None:

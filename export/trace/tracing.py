@@ -21,7 +21,8 @@ from stillgraph.manifest import Precision, Target
 from stillgraph.patches import fused_mlp
 from stillgraph.patches.half_weights import HALF_LINEAR
 from stillgraph.patches.patch import Patch, applied
-from stillgraph.spec import NEW, PAST, GraphShape, Port, input_ports, output_ports
+from stillgraph.ports import NEW, PAST, Port, input_ports, output_ports
+from stillgraph.spec import GraphShape
 
 ATTENTION = "stillgraph_portable"
 PARAMETER_PREFIX = "model."  # of the wrapper's attribute that holds the model
@@ -64,7 +65,7 @@ def convert(
 
 def example(port: Port) -> torch.Tensor:
     """A tensor of a port's shape, for tracing: lengths of 1, ids and caches of 0."""
-    value = 1 if port.name in ("prompt_length", "past_length") else 0
+    value = 1 if port.role in ("valid_length", "past_length") else 0
     return torch.full(port.at(EXAMPLE_LENGTHS), value, dtype=getattr(torch, port.dtype))
 
 

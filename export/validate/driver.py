@@ -13,10 +13,13 @@ import onnxruntime as ort
 from stillgraph.exporter.ort import open_graph, run
 from stillgraph.exporter.validate import image
 from stillgraph.manifest import GraphEntry, Manifest
-from stillgraph.spec import marks_pictures, past_names, present_names
+from stillgraph.ports import PortRole
 
 POISON = 1e4  # far over any key or value, and finite, as a slot left by a previous prompt would be
-Cache = dict[str, np.ndarray]  # buffers [B, KV, C, D] by input name; a call replaces or overwrites them
+Cache = dict[tuple[int, PortRole], np.ndarray]  # buffers [B, KV, C, D] by layer and role, key or value
+
+
+Feeds = dict[PortRole, np.ndarray]
 
 
 class GraphRun:
@@ -32,7 +35,7 @@ class GraphRun:
     ) -> None:
         self.features = features
         self.bundle, self.manifest, self.optimized = bundle, manifest, optimized
-        self.layers = range(len(manifest.model.layers))
+        self.layers = manifest.model.cached
         cached = manifest.graph("decode") or manifest.graph("prefill")
         assert cached is not None
         self.cached = cached  # the graph whose buffers the cache is made of
@@ -41,12 +44,11 @@ class GraphRun:
 
     def new_cache(self) -> Cache:
         """Buffers that hold nothing: every slot is poisoned."""
-        ports = {port.name: port.sizes for port in (*self.cached.inputs, *self.cached.outputs)}
-        names = past_names if self.cached.shape.ctx else present_names
+        ports = self.cached.inputs if self.cached.shape.ctx else self.cached.outputs
         return {
-            past: np.full(ports[name], POISON, np.float32)
-            for layer in self.layers
-            for past, name in zip(past_names(layer), names(layer), strict=True)
+            (port.layer, port.role): np.full(port.sizes, POISON, np.float32)
+            for port in ports
+            if port.layer is not None
         }
 
     def first_position(self, layer: int, length: int) -> int:
@@ -67,12 +69,10 @@ class GraphRun:
             count = np.where(waits, 1, np.minimum(max_len, lengths - done - left + 1))
             if seen is not None:
                 count = np.array([image.uncut(*row, seen) for row in zip(done, count, strict=True)])
-            chunk = np.full((len(self.rows), max_len), self.manifest.tokens.pad or 0, np.int64)
+            chunk = np.full((len(self.rows), max_len), self.manifest.calling.tokens.pad, np.int64)
             for row in self.rows:
                 chunk[row, : count[row]] = ids[row, done[row] : done[row] + count[row]]
-            feeds = self._tokens(graph, chunk, done) | {"prompt_length": count}
-            if graph.shape.ctx is not None:
-                feeds |= {"past_length": done, **cache}
+            feeds = self._tokens(graph, chunk, done) | {"valid_length": count, "past_length": done}
             logits = self._call(graph, feeds, cache, lengths)
             done = np.where(waits, done, done + count)
         return logits
@@ -80,23 +80,22 @@ class GraphRun:
     def decode(self, cache: Cache, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Feed one token a row, ids [B], behind the `lengths` [B] that are there; logits [B, V]."""
         graph = self._graph("decode")
-        return self._call(graph, {"input_ids": ids[:, None], "past_length": lengths, **cache}, cache, lengths)
+        return self._call(graph, {"token_ids": ids[:, None], "past_length": lengths}, cache, lengths)
 
-    def _tokens(self, graph: GraphEntry, chunk: np.ndarray, past: np.ndarray) -> dict[str, np.ndarray]:
+    def _tokens(self, graph: GraphEntry, chunk: np.ndarray, past: np.ndarray) -> Feeds:
         """A prefill's ids [B, P] as it takes them, the first of each row at position `past` [B]."""
-        if not graph.shape.embeds:
-            return {"input_ids": chunk}
+        if not graph.takes("embeddings"):
+            return {"token_ids": chunk}
         embed = self.manifest.graph("embed")
         assert embed is not None
         pack = self.optimized and self.manifest.quantization is not None
         session = open_graph(self.bundle / embed.file.path, self.optimized, pack)
-        (embeddings,) = session.run(None, {"input_ids": chunk})
+        (embeddings,) = session.run(None, {embed.input("token_ids").name: chunk})
         pictures = np.zeros_like(chunk)
         if self.features is not None:
             for row in self.rows:
                 pictures[row] = image.fill(embeddings[row], int(past[row]), self.features)
-        marks = {"token_type_ids": pictures} if marks_pictures(self.manifest.model, graph.shape) else {}
-        return {"inputs_embeds": embeddings, **marks}
+        return {"embeddings": embeddings, "picture_numbers": pictures}
 
     def _graph(self, role: str) -> GraphEntry:
         graph = self.manifest.graph(role)
@@ -107,22 +106,29 @@ class GraphRun:
             self._open = role, open_graph(self.bundle / graph.file.path, self.optimized, pack)
         return graph
 
-    def _call(
-        self, graph: GraphEntry, feeds: dict[str, np.ndarray], cache: Cache, lengths: np.ndarray
-    ) -> np.ndarray:
-        """Run a graph and put what it returns where its valid tokens are into the cache."""
+    def _call(self, graph: GraphEntry, given: Feeds, cache: Cache, lengths: np.ndarray) -> np.ndarray:
+        """Run a graph and put what it returns where its valid tokens are into the cache.
+
+        given: by role; what the graph does not take is left out.
+        """
         assert self._open is not None
         session = self._open[1]
-        logits, *present = run(session, feeds, graph.aliases)
-        names = [name for layer in self.layers for name in past_names(layer)]
-        outputs = [name for layer in self.layers for name in present_names(layer)]
-        assert [output.name for output in session.get_outputs()[1:]] == outputs
-        for name, block in zip(names, present, strict=True):
-            if block.shape == cache[name].shape:
-                cache[name] = block
+        feeds = {
+            port.name: given[port.role] if port.layer is None else cache[port.layer, port.role]
+            for port in graph.inputs
+        }
+        found = dict(
+            zip((o.name for o in session.get_outputs()), run(session, feeds, graph.aliases), strict=True)
+        )
+        for port in graph.outputs:
+            if port.layer is None:
+                continue
+            block, key = found[port.name], (port.layer, port.role)
+            if block.shape == cache[key].shape:
+                cache[key] = block
             else:
-                fill(cache[name], block, lengths)  # a prefill without a cache: to the front
-        result: np.ndarray = logits[:, 0]
+                fill(cache[key], block, lengths)  # a prefill without a cache: to the front
+        result: np.ndarray = found[graph.output("logits").name][:, 0]
         return result
 
 

@@ -16,7 +16,7 @@ from stillgraph.exporter.validate.metrics import Comparison, cache_error, compar
 from stillgraph.exporter.validate.reference import Reference
 from stillgraph.exporter.validate.report import CaseResult
 from stillgraph.manifest import GraphEntry, Manifest
-from stillgraph.spec import PAST
+from stillgraph.ports import PAST
 
 
 class GrowingReplay:
@@ -49,7 +49,7 @@ class GrowingReplay:
         comparisons: list[Comparison] = []
         for stop in stops:
             ids = self.truth.ids[:, start:stop]
-            logits, *present = self.session.run(None, {"input_ids": ids, **cache})
+            logits, *present = self.session.run(None, {self.entry.input("token_ids").name: ids, **cache})
             cache = dict(zip(cache, present, strict=True))
             if stop >= prompt:
                 comparisons.append(compare(0, stop - 1, self.truth.logits[stop - 1][0], logits[0, 0]))
@@ -67,7 +67,7 @@ class GrowingReplay:
     def nothing(self) -> dict[str, np.ndarray]:
         """Keys and values [1, KV, 0, D] of no token, by input."""
         types = {value.name: DTYPES[value.type] for value in self.session.get_inputs()}
-        pasts = [port for port in self.entry.inputs if port.name != "input_ids"]
+        pasts = [port for port in self.entry.inputs if port.is_cache]
         return {port.name: np.zeros(port.at({PAST: 0}), types[port.name]) for port in pasts}
 
     def cache_errors(self, cache: list[np.ndarray], length: int) -> tuple[float, ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from itertools import product
+from dataclasses import replace
 
 import torch
 
@@ -12,10 +10,11 @@ from stillgraph.errors import CheckFailed
 from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Manifest
+from stillgraph.weight_tensor import Layout, WeightChange, WeightTensor
 
-BLOCKED = ("packed", "columns")  # parts of a weight in blocks, of which each stored one has one
-TURNED = ".transpose"  # of a name: a matrix that the checkpoint has with a column for each output
-CHANNELS = "channels"  # the part of one with a scale a row
+BLOCKED: tuple[Layout, ...] = ("packed", "columns")  # codes of a matrix in blocks
+CHANNELS: tuple[Layout, ...] = ("channels",)  # those of one with a scale a row
+TURN = WeightChange(op="Transpose", argument=(1, 0))
 
 
 @torch.no_grad()
@@ -23,36 +22,46 @@ def dequantize(model: torch.nn.Module, manifest: Manifest, channels: bool) -> No
     """Replace each weight that a graph of the bundle reads quantized by what its numbers mean.
 
     channels: of a graph of int8 activations, which has weights with one scale a channel where there are some.
-    The checkpoint's weight is quantized again, in the form that the bundle's weights file names, and nothing
-    is read from that file: a mistake in how it is packed is an error of the graph, as it should be. Raises
+    The checkpoint's weight is quantized again, in the form that the manifest names, and nothing is read from
+    the weights file: a mistake in how it is packed is an error of the graph, as it should be. Raises
     CheckFailed where the file has a weight that the model does not have.
     """
-    matrices: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.dim() > 1}
-    matrices |= {f"{name}{TURNED}": p.T for name, p in matrices.items() if p.dim() == 2}
-    for name, form in forms(manifest, channels, {name: matrix.shape[1] for name, matrix in matrices.items()}):
-        matrices[name].copy_(quantize(matrices[name], form).dequantize())
+    parameters = dict(model.named_parameters())
+    for source, stored in stored_as(manifest, channels).items():
+        if source not in parameters:
+            problem = f"the bundle has a weight {source} that the checkpoint does not have"
+            raise CheckFailed("validate", problem, "export the bundle again")
+        matrix = parameters[source].T if turned(source, stored) else parameters[source]  # [N, K]
+        matrix.copy_(quantize(matrix, form_of(stored, manifest, matrix.shape[1])).dequantize())
 
 
-def forms(manifest: Manifest, of_channels: bool, columns: dict[str, int]) -> Iterator[tuple[str, Format]]:
-    """Each quantized tensor of the checkpoint and its form in a graph. columns: of every matrix by name."""
+def stored_as(manifest: Manifest, channels: bool) -> dict[str, WeightTensor]:
+    """Each tensor of the checkpoint that is stored quantized, and a tensor that holds codes of it.
+
+    channels: as for `dequantize`.
+    """
+    found: dict[str, WeightTensor] = {}
+    for layouts in (BLOCKED, CHANNELS if channels else ()):
+        codes = [stored for stored in manifest.weights.tensors.values() if stored.layout in layouts]
+        found |= {source: stored for stored in codes for source in stored.sources}
+    return dict(sorted(found.items()))
+
+
+def turned(source: str, stored: WeightTensor) -> bool:
+    """Whether the checkpoint has a column for each row of the matrix that is stored.
+
+    Raises CheckFailed for any other change: it would have to be undone in the model.
+    """
+    if any(change != TURN for change in stored.changes):
+        problem = f"{source} was changed before it was quantized"
+        raise CheckFailed("validate", problem, "please report this bug")
+    return len(stored.changes) % 2 == 1
+
+
+def form_of(stored: WeightTensor, manifest: Manifest, columns: int) -> Format:
+    """The form of codes of rows of `columns`."""
+    if stored.block is None:
+        return Format.channel(columns)
     assert manifest.quantization is not None
     plan = StoragePlan(manifest.target, manifest.precision, manifest.quantization)
-    blocked, channels = set[tuple[str, int]](), set[str]()
-    for stored in manifest.weights.tensors:
-        if (found := re.fullmatch(r"(.+)\.int(\d)\.(\w+)", stored)) is None:
-            continue
-        name, bits, part = found.groups()
-        sources = [".".join(parts) for parts in product(*(part.split("+") for part in name.split(".")))]
-        if unknown := set(sources) - set(columns):
-            problem = f"the bundle has a weight {min(unknown)} that the checkpoint does not have"
-            raise CheckFailed("validate", problem, "export the bundle again")
-        if part in BLOCKED:
-            blocked |= {(source, int(bits)) for source in sources}
-        elif part == CHANNELS and of_channels:
-            channels |= set(sources)
-    for source, bits in sorted(blocked):
-        if source not in channels:
-            form = plan.form("int4" if bits == 4 else "int8")
-            yield source, form
-    for source in sorted(channels):
-        yield source, Format.channel(columns[source])
+    return replace(plan.form("int4" if stored.bits == 4 else "int8"), block=stored.block)

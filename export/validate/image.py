@@ -62,6 +62,6 @@ def features(bundle: Path, manifest: Manifest, optimized: bool) -> np.ndarray:
     assert graph is not None
     assert vision is not None
     session = open_graph(bundle / graph.file.path, optimized, optimized and manifest.quantization is not None)
-    (found,) = session.run(None, {"pixel_values": pixels(vision)})
+    (found,) = session.run(None, {graph.input("pixels").name: pixels(vision)})
     result: np.ndarray = found[0]
     return result

@@ -19,7 +19,7 @@ from stillgraph.exporter.validate.metrics import Comparison, cache_error, compar
 from stillgraph.exporter.validate.reference import Reference
 from stillgraph.exporter.validate.report import CaseResult
 from stillgraph.manifest import Manifest
-from stillgraph.spec import past_names
+from stillgraph.ports import PortRole
 
 
 @dataclass
@@ -75,14 +75,14 @@ class Replay:
         if chunk is not None and (prompt <= chunk or continues(self.manifest)):
             return State(prompt, steps, "prefill", lengths, cache, [])
         for layer in self.layers:
-            for name, block in zip(past_names(layer), self.block(layer), strict=True):
+            for role, block in self.blocks(layer).items():
                 for row, length in enumerate(lengths):
                     first = self.graphs.first_position(layer, length)
-                    cache[name][row, :, : length - first] = block[row, :, first:length]
+                    cache[layer, role][row, :, : length - first] = block[row, :, first:length]
         return State(prompt, steps, "reference cache", lengths, cache, [])
 
-    def block(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.truth.keys[layer], self.truth.values[layer]
+    def blocks(self, layer: int) -> dict[PortRole, np.ndarray]:
+        return {"key": self.truth.keys[layer], "value": self.truth.values[layer]}
 
     def decode(self, state: State, end: int) -> None:
         for _ in range(state.steps):
@@ -114,9 +114,9 @@ class Replay:
     def cache_error(self, state: State, layer: int) -> float:
         """The worse of keys and values of a layer, over the valid slots of every row."""
         errors = []
-        for name, block in zip(past_names(layer), self.block(layer), strict=True):
+        for role, block in self.blocks(layer).items():
             for row, length in enumerate(state.lengths):
                 first = self.graphs.first_position(layer, length)
-                found = state.cache[name][row, :, : length - first]
+                found = state.cache[layer, role][row, :, : length - first]
                 errors.append(cache_error(block[row, :, first:length], found))
         return max(errors)

@@ -18,29 +18,36 @@ class Embedder:
     """Writes embeddings [B, P, hidden] where the prefill reads them.
 
     fill(input_ids, rows): puts into the rows of ids below zero what is not a token's embedding; image_tokens:
-    of each picture.
+    of each picture; pad: the id that stands where there is no token.
     """
 
     def __init__(
-        self, entry: GraphEntry, load: Callable[[GraphEntry], Runner], fill: Fill, image_tokens: int
+        self,
+        entry: GraphEntry,
+        load: Callable[[GraphEntry], Runner],
+        fill: Fill,
+        image_tokens: int,
+        pad: int = 0,
     ) -> None:
         self.entry, self._load, self._fill, self.image_tokens = entry, load, fill, image_tokens
-        self._ids = empty(entry.inputs[0])  # [B, P]
+        self._pad = pad
+        self._ids = empty(entry.input("token_ids"))  # [B, P]
         self._call: Callable[[], None] | None = None
 
     def load(self, embeddings: Array, pictures: Array | None) -> None:
         """The prefill's own inputs, which every run writes; pictures: their numbers, where it asks."""
         self._embeddings, self._pictures = embeddings, pictures
-        arrays = {self.entry.inputs[0].name: self._ids, self.entry.outputs[0].name: embeddings}
+        ids, output = self.entry.input("token_ids"), self.entry.output("embeddings")
+        arrays = {ids.name: self._ids, output.name: embeddings}
         self._call = self._load(self.entry).bind(arrays)
 
     def unload(self) -> None:
         self._call = None
 
     def run(self, pieces: Sequence[Sequence[int]]) -> None:
-        """The embeddings of a piece a row; those behind its end are of token 0."""
+        """The embeddings of a piece a row; those behind its end are of the pad token."""
         assert self._call is not None
-        self._ids[:] = 0
+        self._ids[:] = self._pad
         for row, piece in enumerate(pieces):
             self._ids[row, : len(piece)] = [max(input_id, 0) for input_id in piece]
         self._call()

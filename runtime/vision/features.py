@@ -79,9 +79,9 @@ class Vision:
         began = time.perf_counter()
         for number in missing:
             assert self._call is not None
-            self._inputs["pixel_values"][:] = self._pixels[number]
+            self._input[:] = self._pixels[number]
             self._call()
-            self._features[number] = self._outputs["image_features"][0].copy()
+            self._features[number] = self._output[0].copy()
         self.seconds += time.perf_counter() - began
         self._pixels.clear()
         if self.one_at_a_time and self._call is not None:
@@ -124,7 +124,9 @@ class Vision:
         wanted = self.spec.channels, self.spec.height, self.spec.width
         if pixels.shape[1:] != wanted:
             problem = f"images become {pixels.shape[1:]} pixels and the vision graph takes {wanted}"
-            raise StillgraphError("read image", problem, "fix the bundle's preprocessor_config.json")
+            raise StillgraphError(
+                "read image", problem, "fix the checkpoint's preprocessor_config.json and export again"
+            )
         return list(pixels)
 
     def _graph(self) -> GraphEntry:
@@ -135,7 +137,7 @@ class Vision:
 
     def _open(self, entry: GraphEntry) -> None:
         began = time.perf_counter()
-        self._inputs = {port.name: empty(port) for port in entry.inputs}
-        self._outputs = {port.name: empty(port) for port in entry.outputs}
-        self._call = self._load(entry).bind({**self._inputs, **self._outputs})
+        pixels, features = entry.input("pixels"), entry.output("image_features")
+        self._input, self._output = empty(pixels), empty(features)
+        self._call = self._load(entry).bind({pixels.name: self._input, features.name: self._output})
         self.load_seconds += time.perf_counter() - began

@@ -11,10 +11,10 @@ from typing import Annotated, Any, NoReturn
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stillgraph.calling import ImagePreprocessing, Number, Triple
 from stillgraph.errors import StillgraphError
-from stillgraph.spec import Frozen
 from stillgraph.tokenizer import read_json
 from stillgraph.vision.image_file import ImageSource, open_image, refuse
 from stillgraph.vision.pixels import Floats, Size, center_crop, looked_up, resized, to_rgb, value_table
@@ -57,9 +57,6 @@ DEFAULTS = {
     "Gemma3ImageProcessor": SIGLIP | {"default_to_square": True, "resample": 2},
 }
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Triple = tuple[Number, Number, Number]
-
 
 class Options(BaseModel):
     """What is read of a config file. All else there is ignored, as transformers ignores it."""
@@ -80,21 +77,8 @@ class Options(BaseModel):
     image_std: Number | Annotated[Triple, Field(strict=False)] | None
 
 
-class Preprocessor(Frozen):
-    """The steps from a picture to `pixel_values`; None leaves one out.
-
-    size: (height, width), or the shortest edge's pixels; resample: Pillow's number of the filter;
-    crop: (height, width) of the middle; scale, mean, std: see `value_table`; convert_rgb: whether a mode
-    other than RGB is converted, or else refused.
-    """
-
-    size: tuple[PositiveInt, PositiveInt] | PositiveInt | None
-    resample: int | None
-    crop: tuple[PositiveInt, PositiveInt] | None
-    scale: float | None
-    mean: Triple | None
-    std: Triple | None
-    convert_rgb: bool
+class Preprocessor(ImagePreprocessing):
+    """The steps from a picture to `pixel_values`, carried out; scale, mean, std: see `value_table`."""
 
     @classmethod
     def read(cls, path: str | Path) -> Preprocessor:

@@ -77,9 +77,9 @@ class CheckedReplay:
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.top1: list[bool] = []
         spec = self.manifest.model
-        self.layers = [layer for layer in spec.layers for _ in ("key", "value")]
+        self.layers = [spec.layers[index] for index in spec.cached for _ in ("key", "value")]
         shapes = [
-            (len(self.rows), spec.num_key_value_heads, self.shape.capacity(layer), spec.head_dim)
+            (len(self.rows), layer.kv_heads, self.shape.capacity(layer), layer.head_dim)
             for layer in self.layers
         ]
         self.cache = [np.zeros(shape, np.float32) for shape in shapes]

@@ -13,10 +13,11 @@ import torch
 from onnx import TensorProto, helper
 
 from stillgraph.exporter import weights
-from stillgraph.exporter.ir.fold_weights import Recipe, Tensors, WeightStep, take_out
+from stillgraph.exporter.ir.fold_weights import Origin, Recipe, Tensors, WeightStep, take_out
 from stillgraph.exporter.weights import ALIGNMENT
 
 SOURCE = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+ORIGIN = Origin(("w",), (), 8)
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
@@ -98,6 +99,7 @@ class Bytes:
     shape: tuple[int, ...] = (6,)
     dtype: ir.DataType = ir.DataType.UINT8
     nbytes: int = 6
+    origin: Origin = ORIGIN
 
     def make(self, tensors: Tensors) -> np.ndarray:
         return np.frombuffer(f"{self.content}-data".encode(), np.uint8)

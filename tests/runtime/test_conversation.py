@@ -20,7 +20,7 @@ STOP = 7
 class Letters:
     """An engine's text side: a letter is its code point; 1000 + n is the pair of letters at n."""
 
-    manifest = SimpleNamespace(tokens=SimpleNamespace(stop=(STOP,)))
+    manifest = SimpleNamespace(calling=SimpleNamespace(tokens=SimpleNamespace(stop=(STOP,))))
 
     def __init__(self, template: str = TEMPLATE) -> None:
         self.template, self.encoded = Template(template, {}), list[str]()

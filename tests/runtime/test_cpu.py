@@ -48,7 +48,9 @@ def test_what_is_lacking_is_told_in_one_sentence(bundle_of, tmp_path, monkeypatc
     bundle = bundle_of()
     path = bundle / "manifest.json"
     raw = json.loads(path.read_text())
-    assert raw["requires"] == {"cpu": []}, "nothing that is made today depends on a CPU's kernels"
+    assert raw["requires"] == {"cpu": [], "onnxruntime": None}, (
+        "nothing that is made today depends on a CPU's kernels"
+    )
     raw["requires"]["cpu"] = ["avx2", "avx512_vnni"]
     path.write_text(json.dumps(raw))
     (tmp_path / "cpuinfo").write_text(X86.format("AMD EPYC", "avx2"))
@@ -56,6 +58,20 @@ def test_what_is_lacking_is_told_in_one_sentence(bundle_of, tmp_path, monkeypatc
     with pytest.raises(StillgraphError, match=r"needs avx512_vnni.*does not have.*export"):
         load(bundle)
     (tmp_path / "cpuinfo").write_text(X86.format("AMD EPYC", "avx2 avx512_vnni"))
+    load(bundle)
+
+
+@pytest.mark.parametrize(("least", "found"), [("1.33", "1.32.0"), ("2.0", "1.99.1"), ("1.100", "1.99.dev3")])
+def test_an_onnxruntime_that_is_too_old_is_told_in_one_sentence(bundle_of, monkeypatch, least, found) -> None:
+    bundle = bundle_of()
+    path = bundle / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["requires"]["onnxruntime"] = least
+    path.write_text(json.dumps(raw))
+    monkeypatch.setattr("onnxruntime.__version__", found)
+    with pytest.raises(StillgraphError, match=f"needs onnxruntime {least} or newer and this is {found}"):
+        load(bundle)
+    monkeypatch.setattr("onnxruntime.__version__", f"{least}.0+local")
     load(bundle)
 
 

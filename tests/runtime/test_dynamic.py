@@ -17,24 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
 from stillgraph import load
+from stillgraph.calling import Calling, Tokens
 from stillgraph.dynamic import GrowingGraph, common
 from stillgraph.engine import Engine, Step
 from stillgraph.errors import StillgraphError
-from stillgraph.manifest import Alias, CheckpointSource, File, GraphEntry, Manifest, Tokens, Weights
+from stillgraph.manifest import Alias, CheckpointSource, File, GraphEntry, Manifest, Weights
+from stillgraph.ports import NEW, PAST, TOTAL, Port, input_ports, output_ports, past_names, present_names
 from stillgraph.session import Session
-from stillgraph.spec import (
-    NEW,
-    PAST,
-    TOTAL,
-    GraphShape,
-    LayerSpec,
-    ModelSpec,
-    Port,
-    input_ports,
-    output_ports,
-    past_names,
-    present_names,
-)
+from stillgraph.spec import GraphShape, LayerSpec, ModelSpec
 
 V, C = 11, 16
 SHAPE = GraphShape(role="dynamic", max_len=C, ctx=C)
@@ -43,10 +33,8 @@ SPEC = ModelSpec(
     vocab_size=V,
     hidden_size=1,
     num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
     max_position_embeddings=C,
-    layers=(LayerSpec(kind="full_attention"),),
+    layers=(LayerSpec(kind="full_attention", kv_heads=1, head_dim=1),),
 )
 Fed = list[tuple[int, list[int]]]  # of each call: past tokens, new ids
 
@@ -121,7 +109,7 @@ def bundle(tmp_path: Path) -> Path:
         tools={},
         graphs={"dynamic": entry},
         weights=Weights(file=File(path="weights.data", nbytes=4, sha256="0" * 64), tensors={}),
-        tokens=Tokens(bos=None, pad=None, stop=()),
+        calling=Calling(tokens=Tokens(bos=None, stop=()), prompt=None),
         files=(),
     )
     (tmp_path / "manifest.json").write_text(manifest.to_json())

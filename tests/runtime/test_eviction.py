@@ -15,27 +15,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillgraph.calling import Calling, Tokens
 from stillgraph.engine import Engine
 from stillgraph.kv_cache import GraphPair
-from stillgraph.manifest import Alias, File, GraphEntry, Manifest, Tokens
-from stillgraph.spec import (
-    GraphShape,
-    LayerSpec,
-    ModelSpec,
-    input_ports,
-    output_ports,
-    past_names,
-    present_names,
-)
+from stillgraph.manifest import Alias, File, GraphEntry, Manifest
+from stillgraph.ports import input_ports, output_ports, past_names, present_names
+from stillgraph.spec import GraphShape, LayerSpec, ModelSpec
 
 V = 101
 
 
 def layers_of(*windows: int | None) -> tuple[LayerSpec, ...]:
-    return tuple(
-        LayerSpec(kind="full_attention") if w is None else LayerSpec(kind="sliding_attention", window=w)
-        for w in windows
-    )
+    return tuple(layer_of(window) for window in windows)
+
+
+def layer_of(
+    window: int | None, kv_heads: int = 1, head_dim: int = 1, kv_from: int | None = None
+) -> LayerSpec:
+    kind = "full_attention" if window is None else "sliding_attention"
+    return LayerSpec(kind=kind, window=window, kv_heads=kv_heads, head_dim=head_dim, kv_from=kv_from)
 
 
 def mixed(inputs: np.ndarray, first: int, position: int, window: int | None) -> int:
@@ -46,16 +44,22 @@ def mixed(inputs: np.ndarray, first: int, position: int, window: int | None) -> 
     return int(seen @ np.arange(start + 1, position + 2)) % V
 
 
-def greedy(ids: Sequence[int], count: int, windows: Sequence[int | None]) -> list[int]:
-    """The next `count` tokens, from growing lists: the truth."""
+def greedy(
+    ids: Sequence[int], count: int, windows: Sequence[int | None], kv_from: Mapping[int, int] | None = None
+) -> list[int]:
+    """The next `count` tokens, from growing lists: the truth. kv_from: layers that read another's list, and
+    add their own input to what they make of it."""
     known: list[list[int]] = [[] for _ in windows]
+    shared = kv_from or {}
     tokens, ids = [], list(ids)
     for position in range(len(ids) + count - 1):
         value = ids[position] if position < len(ids) else tokens[-1]
-        for inputs, window in zip(known, windows, strict=True):
-            inputs.append(value)
+        for index, window in enumerate(windows):
+            inputs, own = known[shared.get(index, index)], value if index in shared else 0
+            if index not in shared:
+                inputs.append(value)
             start = 0 if window is None else max(0, position - window + 1)
-            value = mixed(np.array(inputs[start:]), start, position, window)
+            value = (mixed(np.array(inputs[start:]), start, position, window) + own) % V
         if position >= len(ids) - 1:
             tokens.append(value)
     return tokens
@@ -76,9 +80,11 @@ class Op:
         self.shape, self.layers, self.calls = shape, layers, calls
 
     def bind(self, arrays: Mapping[str, np.ndarray]) -> Callable[[], None]:
-        for index in range(len(self.layers)):
+        for index, layer in enumerate(self.layers):
             for past, present in zip(past_names(index), present_names(index), strict=True):
-                assert arrays[past] is arrays[present], "the op works in place"
+                assert (past in arrays) == (present in arrays) == (layer.kv_from is None)
+                if past in arrays:
+                    assert arrays[past] is arrays[present], "the op works in place"
         return lambda: self.run(arrays)
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -92,20 +98,37 @@ class Op:
 
     def row(self, arrays: Mapping[str, np.ndarray], row: int, past: int, new: int) -> int:
         values = arrays["input_ids"][row, :new].astype(np.int64)
+        of_layer: dict[int, tuple[np.ndarray, int]] = {}  # inputs, and the position of the first
         for index, layer in enumerate(self.layers):
-            key, value = (arrays[name][row, 0, :, 0] for name in past_names(index))
-            evicts, capacity = self.shape.evicts(layer), len(key)
-            assert evicts or past + self.shape.max_len <= capacity, "the padded chunk does not fit"
-            window = layer.window if evicts else None
-            first, next_first = (first_held(capacity, window, length) for length in (past, past + new))
-            # NaN that is read is no integer
-            known = [int(number) for number in (value - key)[: past - first]]
-            inputs = np.array([*known, *values], np.int64)
-            values = np.array([mixed(inputs, first, past + i, layer.window) for i in range(new)])
-            kept = inputs[next_first - first :]
-            key[:], value[:] = np.nan, np.nan
-            key[: len(kept)], value[: len(kept)] = kept, 2 * kept
+            if layer.kv_from is None:
+                of_layer[index] = self.written(arrays, row, index, values, past)
+            inputs, first = of_layer[index if layer.kv_from is None else layer.kv_from]
+            own = np.zeros_like(values) if layer.kv_from is None else values
+            seen = [mixed(inputs, first, past + i, layer.window) for i in range(new)]
+            values = (np.array(seen) + own) % V
         return int(values[-1])
+
+    def written(
+        self, arrays: Mapping[str, np.ndarray], row: int, index: int, values: np.ndarray, past: int
+    ) -> tuple[np.ndarray, int]:
+        """Put a layer's new inputs behind those of its buffers, and every head and column of these."""
+        layer, new = self.layers[index], len(values)
+        key, value = (arrays[name][row] for name in past_names(index))  # [KV, C, D]
+        assert key.shape == value.shape == (layer.kv_heads, self.shape.capacity(layer), layer.head_dim)
+        head = np.arange(1, layer.kv_heads + 1)[:, None, None]
+        column = np.arange(layer.head_dim)[None, None]
+        capacity, evicts = key.shape[1], self.shape.evicts(layer)
+        assert evicts or past + self.shape.max_len <= capacity, "the padded chunk does not fit"
+        window = layer.window if evicts else None
+        first, next_first = (first_held(capacity, window, length) for length in (past, past + new))
+        held = (value - key)[-1, : past - first, -1] / layer.kv_heads
+        known = [int(number) for number in held]  # NaN that is read is no integer
+        inputs = np.array([*known, *values], np.int64)
+        kept = inputs[next_first - first :]
+        key[:], value[:] = np.nan, np.nan
+        key[:, : len(kept)] = kept[None, :, None] * head + column
+        value[:, : len(kept)] = 2 * kept[None, :, None] * head + column
+        return inputs, first
 
 
 def engine_of(
@@ -116,20 +139,24 @@ def engine_of(
     batch: int = 1,
     one_at_a_time: bool = False,
     stop: Sequence[int] = (),
+    layers: tuple[LayerSpec, ...] | None = None,
 ) -> tuple[Engine, list[Any]]:
-    """An engine over the model, and the calls of its graphs: (role, past lengths, new lengths)."""
-    layers, calls = layers_of(*windows), []
+    """An engine over the model, and the calls of its graphs: (role, past lengths, new lengths).
+
+    layers: in place of those of `windows`.
+    """
+    layers, calls = layers or layers_of(*windows), []
     spec = ModelSpec(
-        architecture="Mock", vocab_size=V, hidden_size=1, num_attention_heads=1, num_key_value_heads=1,
-        head_dim=1, max_position_embeddings=ctx, layers=layers,
+        architecture="Mock", vocab_size=V, hidden_size=1, num_attention_heads=1,
+        max_position_embeddings=ctx, layers=layers,
     )  # fmt: skip
     entries = [
         entry(spec, GraphShape(role="prefill", batch=batch, max_len=max_len, ctx=ctx, slack=slack)),
         entry(spec, GraphShape(role="decode", batch=batch, max_len=1, ctx=ctx, slack=slack)),
     ]
     pair = GraphPair(*entries, layers, lambda graph: Op(graph.shape, layers, calls), one_at_a_time)
-    tokens = Tokens(bos=None, pad=None, stop=tuple(stop))
-    return Engine(Manifest.model_construct(model=spec, tokens=tokens), pair, None, Path()), calls
+    calling = Calling(tokens=Tokens(bos=None, stop=tuple(stop)), prompt=None)
+    return Engine(Manifest.model_construct(model=spec, calling=calling), pair, None, Path()), calls
 
 
 def entry(spec: ModelSpec, shape: GraphShape) -> GraphEntry:
@@ -140,7 +167,7 @@ def entry(spec: ModelSpec, shape: GraphShape) -> GraphEntry:
         outputs=output_ports(spec, shape),
         aliases=tuple(
             Alias(output=present, input=past, same_buffer=True)
-            for layer in range(len(spec.layers))
+            for layer in spec.cached
             for present, past in zip(present_names(layer), past_names(layer), strict=True)
         ),
     )
@@ -162,6 +189,27 @@ def batch_tokens(engine: Engine, prompts: Sequence[Sequence[int]], count: int) -
 def test_first_position_is_the_rule_of_the_op(window: int, slack: int, length: int) -> None:
     shape, layer = GraphShape(role="decode", max_len=1, ctx=300, slack=slack), layers_of(window)[0]
     assert shape.first_position(layer, length) == first_held(shape.capacity(layer), window, length)
+
+
+# Two head sizes, and two layers that read what earlier ones have written.
+MIXED = (
+    layer_of(5, kv_heads=2, head_dim=3),
+    layer_of(None, head_dim=4),
+    layer_of(5, kv_heads=2, head_dim=3, kv_from=0),
+    layer_of(9, kv_heads=3, head_dim=2),
+    layer_of(None, head_dim=4, kv_from=1),
+)
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_layers_of_other_heads_and_layers_that_read_another_s_cache(one_at_a_time: bool) -> None:
+    windows, ctx = [layer.window for layer in MIXED], 60
+    shared = {index: layer.kv_from for index, layer in enumerate(MIXED) if layer.kv_from is not None}
+    for length in (1, 4, 5, 9, 31, ctx - 1):
+        engine, _ = engine_of(layers=MIXED, ctx=ctx, one_at_a_time=one_at_a_time)
+        tokens = [step.token for step in engine.stream(prompt_of(length), max_new_tokens=1000)]
+        assert tokens == greedy(prompt_of(length), ctx - length + 1, windows, shared)
+    assert tokens != greedy(prompt_of(length), ctx - length + 1, windows), "sharing makes a difference"
 
 
 GEOMETRIES: list[tuple[tuple[int | None, ...], int, int]] = [  # windows, slack, max_len

@@ -41,8 +41,8 @@ def test_a_manifest_reads_as_it_was_written(bundle_of) -> None:
     [
         (lambda raw: raw.update(color="red"), "color: Extra inputs"),
         (lambda raw: raw["graphs"]["decode"].update(color="red"), "graphs.decode.color: Extra inputs"),
-        (lambda raw: raw.update(format_version=2), "format version 2; this stillgraph understands version 3"),
-        (lambda raw: raw.update(format_version=4), "format version 4; this stillgraph understands version 3"),
+        (lambda raw: raw.update(format_version=3), "format version 3 and this stillgraph understands 4"),
+        (lambda raw: raw.update(format_version=5), "format version 5 and this stillgraph understands 4"),
         (lambda raw: raw.update(quantization={"block_size": 0}), "quantization.block_size: Input should be"),
         (lambda raw: raw["graphs"]["decode"]["shape"].update(slack=8), "do not fit the model"),
         (lambda raw: raw.pop("format_version"), "format version None"),
@@ -115,4 +115,4 @@ def test_a_graph_that_is_no_graph(bundle_of) -> None:
 def test_the_json_schema_refuses_unknown_keys_too() -> None:
     schema = json.loads(json_schema())
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["format_version"]["const"] == 3
+    assert schema["properties"]["format_version"]["const"] == 4

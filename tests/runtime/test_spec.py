@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from stillgraph.spec import GraphShape, LayerSpec
 
-FULL = LayerSpec(kind="full_attention")
+HEADS: dict[str, Any] = {"kv_heads": 1, "head_dim": 8}
+FULL = LayerSpec(kind="full_attention", **HEADS)
 B, D, CTX = 2, 8, 150
 JUNK = 1e6  # in padding and in slots that hold nothing; a mean over one of them is far off
 WINDOWS = (1, 2, 5, 8, 48)
@@ -25,7 +26,7 @@ SLACKS = {1: (0, 1, 6, 128), 4: (3, 4, 9, 60), 16: (15, 40), 33: (32, 100)}  # b
 
 
 def sliding(window: int) -> LayerSpec:
-    return LayerSpec(kind="sliding_attention", window=window)
+    return LayerSpec(kind="sliding_attention", window=window, **HEADS)
 
 
 @cache

@@ -12,7 +12,6 @@ from stillgraph.loading import load
 from stillgraph.manifest import Manifest
 
 MB = 1e6
-SEEING = ("vision_tower", "multi_modal_projector")  # in the names of weights
 
 
 class Ours:
@@ -40,7 +39,10 @@ class Ours:
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         self.engine.reset()
-        return (step.token for step in self.engine.stream(ids, images=self.images, max_new_tokens=count))
+        return (
+            step.token
+            for step in self.engine.stream(ids, images=self.images, max_new_tokens=count, temperature=0)
+        )
 
 
 def weights_mb(manifest: Manifest, bundle: Path, compiled: bool) -> float:
@@ -54,22 +56,19 @@ def cache_mb(manifest: Manifest) -> float | None:
     decode = manifest.graph("decode")
     if decode is None:
         return None
-    past = {alias.input for alias in decode.aliases}
-    return sum(port.nbytes for port in decode.inputs if port.name in past) / MB
+    return sum(port.nbytes for port in decode.inputs if port.is_cache) / MB
 
 
 def read_mb(manifest: Manifest) -> float | None:
-    """Weights that a step reads: all but a table of which it takes one row, and what sees pictures.
+    """Weights that a step reads: what the decode graph reads whole, each byte once, and of a table none.
 
-    None with a prefill's own.
+    None without a decode graph.
     """
-    if manifest.quantization and manifest.quantization.fast_prefill:
+    decode = manifest.graph("decode") or manifest.graph("dynamic")
+    if decode is None:
         return None
-    tensors = manifest.weights.tensors
-    untied = any(name.startswith("lm_head") for name in tensors)
-    unread = [*SEEING, *(["embed_tokens"] if untied else [])]
-    read = [t.nbytes for name, t in tensors.items() if not any(part in name for part in unread)]
-    return sum(read) / MB
+    read = [manifest.weights.tensors[name] for name in decode.weights]
+    return sum({tensor.offset: tensor.nbytes for tensor in read}.values()) / MB
 
 
 def open_contender(request: Any) -> Ours:

@@ -34,8 +34,8 @@ BASE = Setting(prompt_tokens=4, new_tokens=4, ctx=64, threads=1)
 MACHINE = Machine(cpu="a CPU", cores=2, memory_gb=24, system="Linux", bandwidth=30)
 
 MODEL = ModelSpec(
-    architecture="Any", vocab_size=100, hidden_size=2, num_attention_heads=1, num_key_value_heads=1,
-    head_dim=2, max_position_embeddings=64, layers=(),
+    architecture="Any", vocab_size=100, hidden_size=2, num_attention_heads=1,
+    max_position_embeddings=64, layers=(),
 )  # fmt: skip
 VISION = VisionSpec(channels=1, height=2, width=2, image_tokens=3, image_token=20, mark="<image>")
 SEEING = MODEL.model_copy(update={"vision": VISION})

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from stillgraph.exporter.bundle import build as under_test
+from stillgraph.exporter.bundle import calling
 from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.config import ExportConfig
 from stillgraph.manifest import Manifest, check_files, read
@@ -63,7 +64,11 @@ def test_what_is_in_a_bundle(tiny_bundle: Callable[..., Path], tiny_checkpoint: 
     assert listed >= {"prefill-16.onnx", "decode-40.onnx", "weights.data", "tokenizer.json"}
     for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (bundle / name).read_bytes() == (tiny_checkpoint() / name).read_bytes()
-    assert (manifest.tokens.bos, manifest.tokens.pad, manifest.tokens.stop) == (2, 0, (1, 5))
+    assert (manifest.calling.tokens.bos, manifest.calling.tokens.pad, manifest.calling.tokens.stop) == (
+        2,
+        0,
+        (1, 5),
+    )
     aliases = {(alias.output, alias.input) for alias in manifest.graphs["decode-40"].aliases}
     assert ("present.1.value", "past_key_values.1.value") in aliases
     assert len(aliases) == 4
@@ -181,7 +186,7 @@ def test_special_tokens_come_from_the_config_where_nothing_else_names_them(
 ) -> None:
     model: Any = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
     (model / "generation_config.json").unlink()
-    tokens = under_test.tokens(under_test.open_checkpoint(str(model)))
+    tokens = calling.tokens(under_test.open_checkpoint(str(model)))
     assert (tokens.bos, tokens.pad, tokens.stop) == (2, 0, (1,))
 
 

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from stillgraph.calling import Calling, Tokens
 from stillgraph.manifest import (
     MANIFEST,
     Alias,
@@ -21,11 +22,11 @@ from stillgraph.manifest import (
     File,
     GraphEntry,
     Manifest,
-    Tokens,
     Weights,
     sha256,
 )
-from stillgraph.spec import GraphShape, LayerSpec, ModelSpec, input_ports, output_ports
+from stillgraph.ports import input_ports, output_ports
+from stillgraph.spec import GraphShape, LayerSpec, ModelSpec
 
 Arrays = dict[str, np.ndarray]
 V, H, N, BLOCK, CTX = 96, 256, 512, 32, 12
@@ -35,10 +36,8 @@ SPEC = ModelSpec(
     vocab_size=V,
     hidden_size=H,
     num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=1,
     max_position_embeddings=64,
-    layers=(LayerSpec(kind="full_attention"),),
+    layers=(LayerSpec(kind="full_attention", kv_heads=1, head_dim=1),),
 )
 INT4 = {"K": H, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
 
@@ -152,7 +151,7 @@ def write_bundle(bundle: Path, precision: str, nodes: list[onnx.NodeProto], arra
         model=SPEC,
         graphs=entries,
         weights=Weights(file=described(bundle, "weights.data"), tensors={}),
-        tokens=Tokens(bos=None, pad=None, stop=()),
+        calling=Calling(tokens=Tokens(bos=None, stop=()), prompt=None),
         **values,
     )
     (bundle / MANIFEST).write_text(manifest.to_json())

@@ -14,7 +14,8 @@ import pytest
 from stillgraph.chat_template import Template, in_parts
 from stillgraph.errors import StillgraphError
 from stillgraph.manifest import File, GraphEntry
-from stillgraph.spec import GraphShape, ModelSpec, VisionSpec, input_ports, output_ports
+from stillgraph.ports import input_ports, output_ports
+from stillgraph.spec import GraphShape, ModelSpec, VisionSpec
 from stillgraph.vision.embedder import Embedder
 from stillgraph.vision.features import Vision
 
@@ -23,8 +24,8 @@ SPEC = VisionSpec(
     channels=1, height=2, width=2, image_tokens=T, image_token=IMAGE, mark="<image>", before="[", after="]"
 )
 MODEL = ModelSpec(
-    architecture="Any", vocab_size=9, hidden_size=HIDDEN, num_attention_heads=1, num_key_value_heads=1,
-    head_dim=2, max_position_embeddings=64, layers=(), vision=SPEC,
+    architecture="Any", vocab_size=9, hidden_size=HIDDEN, num_attention_heads=1,
+    max_position_embeddings=64, layers=(), vision=SPEC,
 )  # fmt: skip
 
 

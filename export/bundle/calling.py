@@ -1,0 +1,145 @@
+"""The manifest's `calling` block of a checkpoint: tokens, sampling, images, and the rules in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stillgraph.calling import Calling, ImagePreprocessing, PromptCalls, SamplingDefaults, Tokens
+from stillgraph.chat_template import read_template
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.checkpoint import STAGE, Checkpoint, read_json
+from stillgraph.spec import GraphShape, ModelSpec, marks_pictures
+from stillgraph.tokenizer import Text
+from stillgraph.vision.preprocessor import CONFIG, NESTED, Preprocessor
+
+GENERATION = "generation_config.json"
+PROBE = "a"  # a prompt, and what a user says in a chat
+STATIC = {
+    "rows": "Every call feeds every row; no row changes another. A row without a text may be fed any tokens.",
+    "positions": "Token i of a call is at position past_length + i. No input has positions.",
+    "cache": "Before the first call keys and values hold calling.cache.initial. After a call the outputs that"
+    " aliases name are inputs of the next one, of either graph; where same_buffer is true both may be one"
+    " buffer, else they must not. What lies behind the last valid token is not read and need not be cleared.",
+    "next": "Give each chosen token to the decode graph, with past_length the number of tokens fed before it."
+    " past_length + 1 must not be over ctx.",
+}
+CONTINUES = (
+    "Cut the prompt into pieces of calling.prompt.chunk tokens, the last maybe shorter, and call the prefill"
+    " graph once for each, in order: token_ids is the piece, filled up on the right with the pad token,"
+    " valid_length its length, past_length the number of tokens of all pieces before it. The logits of the"
+    " last call choose the first new token."
+)
+ONCE = (
+    "Call the prefill graph once: token_ids is the prompt, filled up on the right with the pad token,"
+    " valid_length its length. Copy the first valid_length slots of its keys and values to the front of the"
+    " decode graph's. The logits choose the first new token."
+)
+GROWING = {
+    "prompt": "Call the graph with all tokens of the prompt and keys and values of length 0.",
+    "positions": "Token i of a call is at position T + i, of T tokens in the keys and values given to it.",
+    "cache": "The outputs named in aliases are the inputs of the next call.",
+    "next": "Give each chosen token to the graph in a call of its own.",
+}
+IMAGES = (
+    "Where the prefill takes embeddings, the embed graph makes them of the token_ids; then put the"
+    " image_features of each image, in order, into the rows of its image tokens. picture_numbers, where it is"
+    " an input, is k for tokens of the k-th image of the call and 0 for others."
+)
+STOP = "A token of calling.tokens.stop ends the text: it is given out as the last token and has no text."
+
+
+def calling(checkpoint: Checkpoint, shapes: Iterable[GraphShape]) -> Calling:
+    """How these graphs of a checkpoint are called. Raises StillgraphError for files that cannot be used."""
+    by_role = {shape.role: shape for shape in shapes}
+    prefill = by_role.get("prefill") or by_role.get("dynamic")
+    spec = checkpoint.spec
+    return Calling(
+        tokens=tokens(checkpoint),
+        prompt=_prompt(spec, prefill) if prefill else None,
+        sampling=sampling(checkpoint.folder),
+        images=images(checkpoint.folder) if spec.vision else None,
+        rules=_rules(spec, prefill),
+    )
+
+
+def _prompt(spec: ModelSpec, shape: GraphShape) -> PromptCalls:
+    return PromptCalls(
+        chunk=shape.max_len, continues=shape.ctx is not None, whole_images=marks_pictures(spec, shape)
+    )
+
+
+def _rules(spec: ModelSpec, prefill: GraphShape | None) -> dict[str, str]:
+    if prefill is not None and prefill.grows:
+        return GROWING | {"stop": STOP}
+    rules = {"stop": STOP} if spec.vision is None else {"images": IMAGES, "stop": STOP}
+    if prefill is not None:
+        rules = {"prompt": CONTINUES if prefill.ctx is not None else ONCE} | rules
+    return STATIC | rules
+
+
+def tokens(checkpoint: Checkpoint) -> Tokens:
+    """Special tokens: of generation_config.json where there is one, else of the config.
+
+    Raises StillgraphError where they are not numbers of tokens.
+    """
+    path = checkpoint.folder / GENERATION
+    generation = read_json(path, "download the file again") if path.is_file() else {}
+
+    def get(name: str) -> object:
+        return generation.get(name, getattr(checkpoint.config, name, None))
+
+    stop, pad = get("eos_token_id"), get("pad_token_id")
+    stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
+    values = {"bos": get("bos_token_id"), "pad": 0 if pad is None else pad, "stop": stop}
+    try:
+        made = Tokens.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{path}: special token {first['loc'][0]} is {first['input']!r}: {first['msg']}"
+        raise StillgraphError(STAGE, problem, "give it the number of a token") from error
+    by_tokenizer, by_template = bos_added(checkpoint.folder, made.bos)
+    return made.model_copy(update={"tokenizer_adds_bos": by_tokenizer, "template_adds_bos": by_template})
+
+
+def bos_added(folder: Path, bos: int | None) -> tuple[bool, bool | None]:
+    """Whether tokenizer and chat template begin a text with the begin token, by letting both do so.
+
+    None for a template that is not there or refuses the shortest chat. Raises StillgraphError where the
+    tokenizer cannot be read.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return False, None
+    text = Text(folder, bos)
+    try:
+        chat = read_template(folder, text.special_tokens).render([{"role": "user", "content": PROBE}])
+    except StillgraphError:
+        by_template = None
+    else:
+        by_template = text.encode(chat, special=False)[:1] == [bos]
+    return text.encode(PROBE)[:1] == [bos], by_template
+
+
+def sampling(folder: Path) -> SamplingDefaults:
+    """Of generation_config.json; what it does not say is None. Raises StillgraphError for other values."""
+    path = folder / GENERATION
+    raw = read_json(path, "download the file again") if path.is_file() else {}
+    known: dict[str, Any] = {
+        name: raw[name] for name in SamplingDefaults.model_fields if raw.get(name) is not None
+    }
+    try:
+        return SamplingDefaults.model_validate(known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{path}: {first['loc'][0]} is {first['input']!r}: {first['msg']}"
+        raise StillgraphError(STAGE, problem, "fix the file") from error
+
+
+def images(folder: Path) -> ImagePreprocessing | None:
+    """Of a preprocessor's config; None where there is none. Raises StillgraphError for steps not known."""
+    if not any((folder / name).is_file() for name in (CONFIG, NESTED)):
+        return None
+    return ImagePreprocessing.model_validate(Preprocessor.read(folder).model_dump())
