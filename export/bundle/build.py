@@ -13,7 +13,7 @@ import onnx_ir as ir
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
 from stillgraph.exporter.bundle.calling import calling
-from stillgraph.exporter.bundle.needs import least_onnxruntime, needs, reads
+from stillgraph.exporter.bundle.needs import least_onnxruntime, of_nodes
 from stillgraph.exporter.checkpoint import CARRIED, Checkpoint, open_checkpoint
 from stillgraph.exporter.config import (
     ExportConfig,
@@ -156,7 +156,7 @@ def _write_weights(
 def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: Weights) -> GraphEntry:
     spec, shape = checkpoint.spec, traced.shape
     weights.attach(traced.after, stored)
-    whole, gathered = reads(traced.after)
+    described = of_nodes(traced.after)
     path = folder / f"{shape.name}.onnx"
     path.unlink(missing_ok=True)  # it may be a link into the previous bundle
     ir.save(traced.after, path)
@@ -172,9 +172,7 @@ def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: W
         inputs=input_ports(spec, shape),
         outputs=output_ports(spec, shape),
         aliases=tuple(pairs) if shape.ctx else (),
-        weights=whole,
-        tables=gathered,
-        ops=needs(traced.after),
+        **described,
     )
 
 

@@ -19,7 +19,9 @@ from stillgraph.vision.preprocessor import CONFIG, NESTED, Preprocessor
 GENERATION = "generation_config.json"
 PROBE = "a"  # a prompt, and what a user says in a chat
 STATIC = {
-    "rows": "Every call feeds every row; no row changes another. A row without a text may be fed any tokens.",
+    "rows": "No row changes another. Every call feeds every row at least one token: a row with fewer pieces"
+    " of a prompt than another is fed its first token at past_length 0 until all have as many left; one"
+    " without a text is fed any token.",
     "positions": "Token i of a call is at position past_length + i. No input has positions.",
     "cache": "Before the first call keys and values hold calling.cache.initial. After a call the outputs that"
     " aliases name are inputs of the next one, of either graph; where same_buffer is true both may be one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import onnx_ir as ir
 
@@ -22,6 +23,12 @@ CUSTOM = {
 }
 # Ops that read rows of their first input by the ids in another, and what goes with these rows.
 GATHERS = ("Gather", "GatherBlockQuantized")
+
+
+def of_nodes(model: ir.Model) -> dict[str, Any]:
+    """What a GraphEntry says of a graph's nodes: `weights`, `tables` and `ops`."""
+    whole, gathered = reads(model)
+    return {"weights": whole, "tables": gathered, "ops": needs(model)}
 
 
 def needs(model: ir.Model) -> Ops:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
 from stillgraph.exporter.bundle.build import SIMPLIFY_REPORT, carry_over, describe
+from stillgraph.exporter.bundle.needs import of_nodes
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, same_outputs, simplify
 from stillgraph.exporter.staging import staged
@@ -31,9 +32,11 @@ class Change(Frozen):
 
 @dataclass(frozen=True)
 class Again:
-    """A graph file's content after another simplification, and the report of its steps."""
+    """A graph file's content after another simplification, what the manifest says of its nodes, and the
+    report of its steps."""
 
     content: bytes
+    described: dict[str, object]
     changed: bool
     steps: list[dict[str, str | int | float]]
 
@@ -54,7 +57,7 @@ def resimplify(bundle: Path, say: Say) -> dict[str, Change]:
             carry_over(bundle, folder, manifest)
             differences = _write_graphs(bundle, folder, manifest, results, say)
             report = _write_report(folder, results, differences)
-            changed = _manifest(folder, manifest, report)
+            changed = _manifest(folder, manifest, results, report)
             (folder / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
     return {
         name: Change(
@@ -80,7 +83,7 @@ def _simplified(bundle: Path, entry: GraphEntry, manifest: Manifest, say: Say) -
     weights.attach(simplified, manifest.weights)
     proto = ir.to_proto(simplified)
     changed = not _same_graph(proto.graph, onnx.load(path, load_external_data=False).graph)
-    return Again(proto.SerializeToString(), changed, as_report(steps))
+    return Again(proto.SerializeToString(), of_nodes(simplified), changed, as_report(steps))
 
 
 def _same_graph(first: onnx.GraphProto, second: onnx.GraphProto) -> bool:
@@ -114,9 +117,11 @@ def _write_report(folder: Path, results: dict[str, Again], differences: dict[str
     return describe(folder, path)
 
 
-def _manifest(folder: Path, manifest: Manifest, report: File) -> Manifest:
+def _manifest(folder: Path, manifest: Manifest, results: dict[str, Again], report: File) -> Manifest:
     graphs = {
-        name: entry.model_copy(update={"file": describe(folder, folder / entry.file.path)})
+        name: entry.model_copy(
+            update={"file": describe(folder, folder / entry.file.path), **results[name].described}
+        )
         for name, entry in manifest.graphs.items()
     }
     files = (*(file for file in manifest.files if file.path != report.path), report)
