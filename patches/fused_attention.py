@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stillgraph.patches.patch import Patch
+from stillgraph.patches.patch import Patch, forward_of
+
+SIGNATURE = (
+    "self",
+    "hidden_states",
+    "position_embeddings",
+    "attention_mask",
+    "past_key_values",
+    "kwargs",
+)
 
 
-def forward(
-    self: Any,
-    hidden_states: Tensor,  # [B, S, hidden]
-    position_embeddings: Any = None,
-    attention_mask: Any = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """`forward` of a decoder's attention over a cache that attends by itself; positions and masks are its.
+def _projected(self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """Queries [B, S, H * D], keys and values [B, S, KV * D], of one product.
 
-    Queries and keys are normalized where the model has norms for them. The concatenation of weights is
-    theirs alone, so it is done once, when the weights are written.
+    The concatenation of weights is theirs alone, so it is done once, when the weights are written.
     """
+    if hasattr(self, "qkv_proj"):
+        product, queries = self.qkv_proj(hidden), self.o_proj.weight.shape[1]
+        others = (product.shape[-1] - queries) // 2
+        return torch.split(product, [queries, others, others], dim=-1)
     projections = (self.q_proj, self.k_proj, self.v_proj)
     weight = torch.cat([projection.weight for projection in projections])
     bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
     sizes = [projection.weight.shape[0] for projection in projections]
-    query, key, value = torch.split(functional.linear(hidden_states, weight, bias), sizes, dim=-1)
-    if hasattr(self, "q_norm"):
-        query, key = _per_head(self.q_norm, query), _per_head(self.k_norm, key)
-    return self.o_proj(past_key_values.attend(query, key, value, self)), None
+    return torch.split(functional.linear(hidden, weight, bias), sizes, dim=-1)
 
 
-def _per_head(norm: Any, heads: Tensor) -> Tensor:
-    """`Gemma3RMSNorm` over each head of [B, S, heads * D], as one op that needs no other shape for it."""
+def _normed(norm: Any, heads: Tensor, shifted: bool) -> Tensor:
+    """A norm over each head of [B, S, heads * D], or over all, as one op that needs no other shape for it."""
     normed: Tensor = torch.onnx.ops.symbolic(
         "com.microsoft::BranchwiseRMSNorm",
-        [heads, 1.0 + norm.weight.float()],
-        attrs={"num_branches": heads.shape[-1] // norm.weight.shape[0], "epsilon": norm.eps},
+        [heads, 1.0 + norm.weight.float() if shifted else norm.weight],
+        attrs={
+            "num_branches": heads.shape[-1] // norm.weight.shape[0],
+            "epsilon": norm.eps if shifted else norm.variance_epsilon,
+        },
         dtype=heads.dtype,
         shape=heads.shape,
         version=1,
@@ -48,29 +52,39 @@ def _per_head(norm: Any, heads: Tensor) -> Tensor:
     return normed
 
 
-FUSED_ATTENTION = Patch(
-    name="fused_attention",
-    target="transformers.models.gemma3.modeling_gemma3:Gemma3Attention.forward",
-    signature=(
-        "self",
-        "hidden_states",
-        "position_embeddings",
-        "attention_mask",
-        "past_key_values",
-        "kwargs",
-    ),
-    replacement=forward,
-    reason="a token's time is reading weights: one product reads them at once, and one op moves no cache",
-    upstream="https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
-    remove_when="transformers' attention interface hands over queries and keys before RoPE",
-)
-LLAMA_FUSED_ATTENTION = replace(
-    FUSED_ATTENTION,
-    name="llama_fused_attention",
-    target="transformers.models.llama.modeling_llama:LlamaAttention.forward",
-)
-QWEN2_FUSED_ATTENTION = replace(
-    FUSED_ATTENTION,
-    name="qwen2_fused_attention",
-    target="transformers.models.qwen2.modeling_qwen2:Qwen2Attention.forward",
-)
+def fused_attention(
+    owner: type, shifted: bool = False, softcap: str | None = None, rotates: str | None = None
+) -> Patch:
+    """Of a class with `q_proj`, `k_proj` and `v_proj`, or `qkv_proj`, and `o_proj`.
+
+    shifted: its `q_norm` and `k_norm`, where it has them, scale by 1 + weight; softcap: its attribute with
+    the cap of the scores, a number or None; rotates: its attribute that is true in layers with RoPE, where
+    there are others.
+    """
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,  # [B, S, hidden]
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Over a cache that attends by itself; positions and masks are its."""
+        query, key, value = _projected(self, hidden_states)
+        if hasattr(self, "q_norm"):
+            query, key = _normed(self.q_norm, query, shifted), _normed(self.k_norm, key, shifted)
+        cap = None if softcap is None else getattr(self, softcap)
+        rope = rotates is None or bool(getattr(self, rotates))
+        output = past_key_values.attend(query, key, value, self, softcap=cap, rope=rope)
+        return self.o_proj(output), None
+
+    return Patch(
+        name=f"fused_attention of {owner.__name__}",
+        target=forward_of(owner),
+        signature=SIGNATURE,
+        replacement=forward,
+        reason="a token's time is reading weights: one product reads them at once, and one op moves no cache",
+        upstream="https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",
+        remove_when="transformers' attention interface hands over queries and keys before RoPE",
+    )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stillgraph.patches.patch import Patch
+from stillgraph.patches.patch import Patch, forward_of
 
 
 def forward(self: Any, x: Tensor) -> Tensor:
@@ -21,18 +20,14 @@ def forward(self: Any, x: Tensor) -> Tensor:
     return down
 
 
-FUSED_MLP = Patch(
-    name="fused_mlp",
-    target="transformers.models.gemma3.modeling_gemma3:Gemma3MLP.forward",
-    signature=("self", "x"),
-    replacement=forward,
-    reason="one product quantizes its input once and splits its rows over the cores once",
-    upstream="https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3/modeling_gemma3.py",
-    remove_when="transformers fuses gate and up itself",
-)
-LLAMA_FUSED_MLP = replace(
-    FUSED_MLP, name="llama_fused_mlp", target="transformers.models.llama.modeling_llama:LlamaMLP.forward"
-)
-QWEN2_FUSED_MLP = replace(
-    FUSED_MLP, name="qwen2_fused_mlp", target="transformers.models.qwen2.modeling_qwen2:Qwen2MLP.forward"
-)
+def fused_mlp(owner: type) -> Patch:
+    """Of a class with `gate_proj`, `up_proj`, `down_proj` and `act_fn`."""
+    return Patch(
+        name=f"fused_mlp of {owner.__name__}",
+        target=forward_of(owner),
+        signature=("self", "x"),
+        replacement=forward,
+        reason="one product quantizes its input once and splits its rows over the cores once",
+        upstream="https://github.com/huggingface/transformers/blob/main/src/transformers/models/gemma3/modeling_gemma3.py",
+        remove_when="transformers fuses gate and up itself",
+    )

@@ -37,6 +37,11 @@ class Patch:
         return place, attribute
 
 
+def forward_of(owner: type) -> str:
+    """The target of a patch of a class's `forward`."""
+    return f"{owner.__module__}:{owner.__qualname__}.forward"
+
+
 @contextmanager
 def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
     """Put the patches in place for the length of a `with` block.

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stillgraph.patches.patch import Patch
+from stillgraph.patches.patch import Patch, forward_of
 
 
-def forward(self: Any, x: Tensor) -> Tensor:
-    """`Gemma3RMSNorm.forward` as RMSNormalization over the last axis, scaled by 1 + weight."""
-    return _normalized(x, 1.0 + self.weight.float(), self.eps)
-
-
-def unshifted_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """As `forward`, of the norms that scale by the weight itself and not by 1 + weight."""
+def forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """`LlamaRMSNorm.forward` as RMSNormalization over the last axis."""
     return _normalized(hidden_states, self.weight, self.variance_epsilon)
+
+
+def shifted_forward(self: Any, x: Tensor) -> Tensor:
+    """As `forward`, of the norms that scale by 1 + weight: `Gemma3RMSNorm.forward`."""
+    return _normalized(x, 1.0 + self.weight.float(), self.eps)
 
 
 def _normalized(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
@@ -33,24 +32,14 @@ def _normalized(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     return normed
 
 
-RMS_NORMALIZATION = Patch(
-    name="rms_normalization",
-    target="transformers.models.gemma3.modeling_gemma3:Gemma3RMSNorm.forward",
-    signature=("self", "x"),
-    replacement=forward,
-    reason="one kernel instead of five nodes that a runtime must recognize",
-    upstream="https://onnx.ai/onnx/operators/onnx__RMSNormalization.html",
-    remove_when="torch exports transformers' norm classes as RMSNormalization",
-)
-LLAMA_RMS_NORMALIZATION = replace(
-    RMS_NORMALIZATION,
-    name="llama_rms_normalization",
-    target="transformers.models.llama.modeling_llama:LlamaRMSNorm.forward",
-    signature=("self", "hidden_states"),
-    replacement=unshifted_forward,
-)
-QWEN2_RMS_NORMALIZATION = replace(
-    LLAMA_RMS_NORMALIZATION,
-    name="qwen2_rms_normalization",
-    target="transformers.models.qwen2.modeling_qwen2:Qwen2RMSNorm.forward",
-)
+def rms_normalization(owner: type, shifted: bool = False) -> Patch:
+    """Of a class that scales by its weight; shifted: by 1 + weight, as Gemma's do."""
+    return Patch(
+        name=f"rms_normalization of {owner.__name__}",
+        target=forward_of(owner),
+        signature=("self", "x") if shifted else ("self", "hidden_states"),
+        replacement=shifted_forward if shifted else forward,
+        reason="one kernel instead of five nodes that a runtime must recognize",
+        upstream="https://onnx.ai/onnx/operators/onnx__RMSNormalization.html",
+        remove_when="torch exports transformers' norm classes as RMSNormalization",
+    )

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from stillgraph.patches.patch import Patch
+from stillgraph.patches.patch import Patch, forward_of
 
 
-def forward(self: Any, input_ids: Tensor) -> Tensor:
-    """`Gemma3TextScaledWordEmbedding.forward`, gathering columns of the transposed table [hidden, V]."""
-    scaled: Tensor = plain_forward(self, input_ids) * self.embed_scale.to(self.weight.dtype)
-    return scaled
+def forward(self: Any, input: Tensor) -> Tensor:
+    """`Embedding.forward`, gathering columns of the transposed table [hidden, V].
 
-
-def plain_forward(self: Any, input: Tensor) -> Tensor:
-    """As `forward`, of an embedding without a scale."""
+    Embeddings with a scale (`Gemma3TextScaledWordEmbedding`) call it and scale what it returns.
+    """
     flat = self.weight.t().index_select(1, input.reshape(-1))  # [hidden, B * S]
     rows: Tensor = flat.t().reshape(*input.shape, self.weight.shape[1])  # [B, S, hidden]
     return rows
 
 
-TIED_EMBEDDING = Patch(
-    name="tied_embedding",
-    target="transformers.models.gemma3.modeling_gemma3:Gemma3TextScaledWordEmbedding.forward",
-    signature=("self", "input_ids"),
-    replacement=forward,
-    reason="the head reads its whole matrix for every token and wants it as [hidden, V]; the embedding reads "
-    "a few columns, so the one copy that both share is stored for the head",
-    upstream="https://github.com/huggingface/transformers/tree/main/src/transformers/models/gemma3",
-    remove_when="runtimes multiply by a transposed constant as fast as by a plain one, without a copy",
-)
-PLAIN_TIED_EMBEDDING = replace(
-    TIED_EMBEDDING,
-    name="plain_tied_embedding",
-    target="torch.nn:Embedding.forward",
-    signature=("self", "input"),
-    replacement=plain_forward,
-)
+def tied_embedding(owner: type) -> Patch:
+    """Of `torch.nn.Embedding`."""
+    return Patch(
+        name=f"tied_embedding of {owner.__name__}",
+        target=forward_of(owner),
+        signature=("self", "input"),
+        replacement=forward,
+        reason="the head reads its whole matrix for every token and wants it as [hidden, V]; the embedding "
+        "reads a few columns, so the one copy that both share is stored for the head",
+        upstream="https://github.com/huggingface/transformers/tree/main/src/transformers/models/gemma3",
+        remove_when="runtimes multiply by a transposed constant as fast as by a plain one, without a copy",
+    )

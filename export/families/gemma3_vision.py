@@ -76,5 +76,6 @@ FAMILY = Family(
     patches=patches,
     rotary=TEXT.rotary,
     decoder=decoder,
+    logits=TEXT.logits,
     features=features,
 )

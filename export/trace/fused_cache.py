@@ -22,7 +22,8 @@ class FusedCache:
     """What a model calls `past_key_values`, and the attention over it, since one op does both in place.
 
     past: (key, value) [B, KV, C, D] by layer; past_length: int64 [B] tokens in the cache before this call;
-    new_length: int64 [B] valid ones of the S new tokens; rotary: (cos, sin) [R, D / 2] of each layer kind.
+    new_length: int64 [B] valid ones of the S new tokens; rotary: (cos, sin) [R, D / 2] of each layer kind, or
+    less where only the first part of a head is rotated.
     `present[i]` holds layer i's (key, value) after its `attend`.
     """
 
@@ -40,18 +41,35 @@ class FusedCache:
         self.last = (past_length + new_length - 1).to(torch.int32)  # what the op calls seqlens_k
         self.present: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, module: nn.Module) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        module: nn.Module,
+        softcap: float | None = None,
+        rope: bool = True,
+    ) -> Tensor:
         """Attention of layer `module.layer_idx` over its past and the new tokens: [B, S, H * D].
 
-        query: [B, S, H * D], key and value: [B, S, KV * D], normalized, RoPE not yet applied.
+        query: [B, S, H * D], key and value: [B, S, KV * D], normalized, RoPE not yet applied; softcap: the
+        cap of the scores; rope: whether the layer has RoPE.
         """
         layer = self.spec.layers[module.layer_idx]  # type: ignore[index]
-        before = layer.head_dim % ROTARY_MULTIPLE != 0
-        if before:
+        before = self.rotates_before(layer)
+        if rope and before:
             query, key = (self.rotate(heads, layer) for heads in (query, key))
-        return self.call(module, query, key, value, rotates=not before)
+        return self.call(module, query, key, value, rope and not before, softcap)
 
-    def call(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rotates: bool) -> Tensor:
+    def call(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotates: bool,
+        softcap: float | None = None,
+    ) -> Tensor:
         """The op itself, which writes the cache: [B, S, heads * D] of any number of query heads.
 
         rotates: whether it applies RoPE.
@@ -74,6 +92,7 @@ class FusedCache:
                 "rotary_interleaved": 0,
                 "local_window_size": layer.window or -1,
                 "sliding_window_cache": int(self.shape.evicts(layer)),
+                **({} if softcap is None else {"softcap": float(softcap)}),
             },
             dtypes=[query.dtype] * 3,
             shapes=[query.shape, past_key.shape, past_value.shape],
@@ -82,6 +101,14 @@ class FusedCache:
         self.present[index] = present[0], present[1]
         return output
 
+    def rotated(self, layer: LayerSpec) -> int:
+        """Elements of a layer's heads that RoPE rotates, the first ones: [R, rotated / 2] are its tables."""
+        return 2 * self.rotary[layer.kind][0].shape[-1]
+
+    def rotates_before(self, layer: LayerSpec) -> bool:
+        """Whether RoPE comes before the op, which rotates only whole heads of some sizes."""
+        return layer.head_dim % ROTARY_MULTIPLE != 0 or self.rotated(layer) != layer.head_dim
+
     def rotate(self, heads: Tensor, layer: LayerSpec) -> Tensor:
         """RoPE of a layer's [B, S, heads * D] at the positions of this call."""
         cos, sin = self.rotary[layer.kind]
@@ -89,7 +116,10 @@ class FusedCache:
         rotated: Tensor = torch.onnx.ops.symbolic(
             "RotaryEmbedding",
             [heads, cos, sin, self.past_length[:, None] + offsets],
-            attrs={"num_heads": heads.shape[-1] // layer.head_dim},
+            attrs={
+                "num_heads": heads.shape[-1] // layer.head_dim,
+                "rotary_embedding_dim": 0 if self.rotated(layer) == layer.head_dim else self.rotated(layer),
+            },
             dtype=heads.dtype,
             shape=heads.shape,
             version=23,

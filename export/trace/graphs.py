@@ -119,10 +119,8 @@ class Graph(nn.Module):
         return logits, *(tensor for pair in present for tensor in pair)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [B, 1, V] of hidden states [B, 1, hidden], soft-capped as in `Gemma3ForCausalLM.forward`."""
-        logits: Tensor = self.model.lm_head(hidden)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """Logits [B, 1, V] of hidden states [B, 1, hidden]."""
+        return self.family.logits(self.model.config.get_text_config(), self.model.lm_head(hidden))
 
 
 def rotary_tables(
@@ -130,13 +128,15 @@ def rotary_tables(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """cos and sin [R, D / 2] of each layer kind for every position and a padded chunk behind the last.
 
-    They are what the model's own rotary embedding gives; both halves of its [R, D] are the same.
+    They are what the model's own rotary embedding gives; both halves of its [R, D] are the same. D is less
+    than a head where only the first part of it is rotated.
     """
     positions = torch.arange(shape.limit + (shape.slack or 0))[None]
     tables: dict[str, tuple[Tensor, Tensor]] = {}
     for kind, layer in sorted(by_kind(spec).items()):
         half = layer.head_dim // 2
         cos, sin = family.rotary(family.decoder(model).rotary_emb, positions, kind)
+        half = cos.shape[-1] // 2
         tables[kind] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
     return tables
 

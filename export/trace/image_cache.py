@@ -28,16 +28,25 @@ class PictureCache:
         self.cache, self.present = cache, cache.present
         self.masks = {layer.kind: self._mask(layer, pictures) for layer in cache.spec.layers}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, module: nn.Module) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        module: nn.Module,
+        softcap: float | None = None,
+        rope: bool = True,
+    ) -> Tensor:
         """As `FusedCache.attend`: [B, S, H * D]."""
         index: int = module.layer_idx  # type: ignore[assignment]
         layer = self.cache.spec.layers[index]
-        query, key = (self.cache.rotate(heads, layer) for heads in (query, key))
+        if rope:
+            query, key = (self.cache.rotate(heads, layer) for heads in (query, key))
         pairs = zip(self.cache.past[index], (key, value), strict=True)
         keys, values = (torch.cat([past, _heads(new, layer)], dim=2) for past, new in pairs)
         scaling = float(module.scaling)  # type: ignore[arg-type]
         mask = self.masks[layer.kind]
-        seen, _ = portable_attention(module, _heads(query, layer), keys, values, mask, scaling)
+        seen, _ = portable_attention(module, _heads(query, layer), keys, values, mask, scaling, softcap)
         output = seen.reshape(query.shape)
         # The op writes into the buffers that were just read. It has to come later, so it is given a query
         # that there is only then; what it makes of it is not used, so few heads will do.

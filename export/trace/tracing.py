@@ -19,7 +19,7 @@ from stillgraph.exporter.trace.attention import portable_attention
 from stillgraph.exporter.trace.graphs import GRAPHS
 from stillgraph.manifest import Precision, Target
 from stillgraph.patches import fused_mlp
-from stillgraph.patches.half_weights import HALF_LINEAR
+from stillgraph.patches.half_weights import half_linear
 from stillgraph.patches.patch import Patch, applied
 from stillgraph.ports import NEW, PAST, Port, input_ports, output_ports
 from stillgraph.spec import GraphShape
@@ -83,7 +83,7 @@ def _patches(
 ) -> tuple[Patch, ...]:
     """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most."""
     if shape.role == "vision":
-        return (HALF_LINEAR,) if precision == "fp16" else ()
+        return (half_linear(torch.nn.Linear),) if precision == "fp16" else ()
     patches = checkpoint.family.patches(checkpoint.config, target, precision)
     return tuple(patch for patch in patches if not (apart and patch.replacement is fused_mlp.forward))
 

@@ -134,7 +134,7 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["MistralForCausalLM"]}, "architecture 'MistralForCausalLM'"),
+    ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM'"),
     ({"architectures": None}, "architecture None"),
     ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),

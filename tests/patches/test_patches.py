@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
+import itertools
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import onnxruntime as ort
 import pytest
@@ -22,30 +23,38 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Text
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from stillgraph import patches
+from stillgraph.exporter.families import families
+from stillgraph.patches.fused_attention import fused_attention
+from stillgraph.patches.fused_mlp import fused_mlp
+from stillgraph.patches.half_weights import half_embedding, half_linear
 from stillgraph.patches.patch import Patch, applied
+from stillgraph.patches.rms_norm import rms_norm
+from stillgraph.patches.rms_normalization import rms_normalization
+from stillgraph.patches.tied_embedding import tied_embedding
 
 SUMS = 1e-5  # relative to the largest output: products of 48 and 96 terms, summed in another order
 HALF = 2.0**-11  # relative rounding of a number to fp16
 
 
 def declared() -> dict[str, Patch]:
-    """Every patch of the package, by name."""
-    modules = [
-        importlib.import_module(f"stillgraph.patches.{module.name}")
-        for module in pkgutil.iter_modules(patches.__path__)
-    ]
-    found = [value for module in modules for value in vars(module).values() if isinstance(value, Patch)]
-    return {patch.name: patch for patch in found}
+    """Every patch of every family, by name."""
+    found = {}
+    for family, tied in itertools.product(families().values(), (True, False)):
+        text = SimpleNamespace(tie_word_embeddings=tied, rope_parameters={"rope_type": "longrope"})
+        if family.features is None:  # the others have those of their decoder
+            for target, precision in COMBINATIONS:
+                found |= {patch.name: patch for patch in family.patches(text, target, precision)}
+    return found
 
 
+COMBINATIONS = (("portable", "fp32"), ("portable", "fp16"), ("onnxruntime", "fp32"))
 ALL = declared()
 
 
-def with_and_without(name: str, module: nn.Module, argument: Tensor) -> tuple[Tensor, Tensor]:
+def with_and_without(patch: Patch, module: nn.Module, argument: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         plain = module(argument)
-        with applied((ALL[name],)):
+        with applied((patch,)):
             return module(argument), plain
 
 
@@ -62,38 +71,38 @@ def embedding() -> nn.Module:
 
 
 IDS = torch.tensor([[0, 39, 7], [7, 7, 1]])
+RMS_NORM = rms_norm(Gemma3RMSNorm, shifted=True)
+HALF_EMBEDDINGS = [half_embedding(nn.Embedding, tied) for tied in (False, True)]
+UNSHIFTED = (llama.LlamaRMSNorm, qwen2.Qwen2RMSNorm)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 3e3])
 def test_rms_norm(scale: float) -> None:
     """At 1e-4 the epsilon of the root decides, at 3e3 (Gemma's residuals) it does not."""
     argument = scale * torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
-    found, plain = with_and_without("rms_norm", seeded(Gemma3RMSNorm(48)), argument)
+    found, plain = with_and_without(RMS_NORM, seeded(Gemma3RMSNorm(48)), argument)
     # x / sqrt(m) for x * rsqrt(m): a few roundings of fp32
     torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-9)
 
 
-UNSHIFTED = {"llama": llama.LlamaRMSNorm, "qwen2": qwen2.Qwen2RMSNorm}
-
-
-@pytest.mark.parametrize("family", UNSHIFTED)
+@pytest.mark.parametrize("owner", UNSHIFTED)
 @pytest.mark.parametrize("scale", [1e-4, 1.0])
-def test_rms_norms_that_scale_by_the_weight_itself(family: str, scale: float) -> None:
+def test_rms_norms_that_scale_by_the_weight_itself(owner: type, scale: float) -> None:
     argument = scale * torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
-    module = seeded(UNSHIFTED[family](48))
-    found, plain = with_and_without(f"{family}_rms_norm", module, argument)
+    module = seeded(owner(48))
+    found, plain = with_and_without(rms_norm(owner), module, argument)
     torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-9)
-    onnx = as_onnx(f"{family}_rms_normalization", module.eval(), argument)
+    onnx = as_onnx(rms_normalization(owner), module.eval(), argument)
     torch.testing.assert_close(onnx, plain, rtol=1e-6, atol=1e-9)
 
 
 def test_plain_embeddings() -> None:
     """Without a scale: exact where tied, rounded to fp16 where halved."""
     module = seeded(nn.Embedding(40, 24))
-    found, plain = with_and_without("plain_tied_embedding", module, IDS)
+    found, plain = with_and_without(tied_embedding(nn.Embedding), module, IDS)
     assert torch.equal(found, plain)
-    for name in ("plain_half_embedding", "plain_half_tied_embedding"):
-        found, plain = with_and_without(name, module, IDS)
+    for patch in HALF_EMBEDDINGS:
+        found, plain = with_and_without(patch, module, IDS)
         assert found.dtype == torch.float32
         assert torch.equal(found, module.weight[IDS].half().float())
         assert not torch.equal(found, plain)
@@ -101,20 +110,20 @@ def test_plain_embeddings() -> None:
 
 def test_rms_norm_keeps_the_dtype() -> None:
     found, plain = with_and_without(
-        "rms_norm", seeded(Gemma3RMSNorm(8)), torch.ones(1, 8, dtype=torch.bfloat16)
+        RMS_NORM, seeded(Gemma3RMSNorm(8)), torch.ones(1, 8, dtype=torch.bfloat16)
     )
     assert found.dtype == plain.dtype == torch.bfloat16
 
 
 def test_tied_embedding_is_exact() -> None:
-    found, plain = with_and_without("tied_embedding", embedding(), IDS)
+    found, plain = with_and_without(tied_embedding(nn.Embedding), embedding(), IDS)
     assert torch.equal(found, plain)
 
 
-@pytest.mark.parametrize("name", ["half_embedding", "half_tied_embedding"])
-def test_half_embedding_rounds_the_table_alone(name: str) -> None:
+@pytest.mark.parametrize("patch", HALF_EMBEDDINGS, ids=lambda patch: patch.name)
+def test_half_embedding_rounds_the_table_alone(patch: Patch) -> None:
     module = embedding()
-    found, plain = with_and_without(name, module, IDS)
+    found, plain = with_and_without(patch, module, IDS)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, plain, rtol=HALF, atol=0.0)
     assert not torch.equal(found, plain)
@@ -126,7 +135,7 @@ def test_half_embedding_rounds_the_table_alone(name: str) -> None:
 def test_half_linear(bias: bool) -> None:
     module = seeded(nn.Linear(48, 16, bias=bias))
     argument = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
-    found, plain = with_and_without("half_linear", module, argument)
+    found, plain = with_and_without(half_linear(nn.Linear), module, argument)
     assert found.dtype == torch.float32
     # Input and matrix round once each, and the product: three half roundings of the sum of magnitudes.
     room = 3 * HALF * (argument.abs() @ module.weight.abs().t() + 1.0)
@@ -134,9 +143,9 @@ def test_half_linear(bias: bool) -> None:
     assert not torch.equal(found, plain)
 
 
-def as_onnx(name: str, module: nn.Module, argument: Tensor) -> Tensor:
+def as_onnx(patch: Patch, module: nn.Module, argument: Tensor) -> Tensor:
     """What ONNX Runtime makes of a module traced with a patch, whose ops PyTorch cannot run."""
-    with torch.no_grad(), applied((ALL[name],)), warnings.catch_warnings():
+    with torch.no_grad(), applied((patch,)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(module, (argument,), dynamo=True, opset_version=23, verbose=False)
     assert program is not None
@@ -154,7 +163,8 @@ def test_rms_normalization(scale: float) -> None:
     argument = scale * torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = module(argument)
-    torch.testing.assert_close(as_onnx("rms_normalization", module, argument), plain, rtol=1e-6, atol=1e-9)
+    patch = rms_normalization(Gemma3RMSNorm, shifted=True)
+    torch.testing.assert_close(as_onnx(patch, module, argument), plain, rtol=1e-6, atol=1e-9)
 
 
 def geometry(**values: Any) -> Any:
@@ -166,7 +176,9 @@ def geometry(**values: Any) -> Any:
 
 def test_fused_mlp() -> None:
     argument = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(3))
-    found, plain = with_and_without("fused_mlp", seeded(gemma3.Gemma3MLP(geometry())), argument)
+    found, plain = with_and_without(
+        fused_mlp(gemma3.Gemma3MLP), seeded(gemma3.Gemma3MLP(geometry())), argument
+    )
     assert_near(found, plain)
 
 
@@ -176,8 +188,8 @@ def test_fused_mlp_of_llama_and_qwen2(bias: bool) -> None:
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 3}
     of_llama = seeded(llama.LlamaMLP(llama.LlamaConfig(**sizes, mlp_bias=bias)))
     of_qwen2 = seeded(qwen2.Qwen2MLP(qwen2.Qwen2Config(**sizes)))
-    for name, module in (("llama_fused_mlp", of_llama), ("qwen2_fused_mlp", of_qwen2)):
-        assert_near(*with_and_without(name, module, argument))
+    for module in (of_llama, of_qwen2):
+        assert_near(*with_and_without(fused_mlp(type(module)), module, argument))
 
 
 class StandIn:
@@ -186,7 +198,9 @@ class StandIn:
     def __init__(self, rotary: tuple[Tensor, Tensor], mask: Tensor) -> None:
         self.rotary, self.mask = rotary, mask
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, module: Any) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, module: Any, softcap: None, rope: Literal[True]
+    ) -> Tensor:
         heads = [t.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for t in (query, key, value)]
         query, key = gemma3.apply_rotary_pos_emb(heads[0], heads[1], *self.rotary)
         output, _ = gemma3.eager_attention_forward(
@@ -221,7 +235,8 @@ def test_fused_attention(bias: bool) -> None:
     argument = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         plain = Attention(bias, cached=False)(argument)
-    assert_near(as_onnx("fused_attention", Attention(bias, cached=True), argument), plain)
+    patch = fused_attention(gemma3.Gemma3Attention, shifted=True)
+    assert_near(as_onnx(patch, Attention(bias, cached=True), argument), plain)
 
 
 @pytest.mark.parametrize("patch", ALL.values(), ids=ALL)
@@ -248,7 +263,7 @@ def test_a_target_with_another_signature_is_refused(patch: Patch, monkeypatch: p
     place, attribute = patch.holder()
     monkeypatch.setattr(place, attribute, changed)
     with (
-        pytest.raises(RuntimeError, match=f"patch {patch.name}: .*hidden_states.*expected"),
+        pytest.raises(RuntimeError, match=f"patch {re.escape(patch.name)}: .*hidden_states.*expected"),
         applied((patch,)),
     ):
         pytest.fail("applied all the same")
@@ -256,10 +271,9 @@ def test_a_target_with_another_signature_is_refused(patch: Patch, monkeypatch: p
 
 
 def test_a_refused_patch_takes_back_those_before_it() -> None:
-    first = ALL["rms_norm"]
-    other = dataclasses.replace(ALL["half_linear"], signature=("self", "another"))
+    other = dataclasses.replace(half_linear(nn.Linear), signature=("self", "another"))
     original = Gemma3RMSNorm.forward
-    with pytest.raises(RuntimeError), applied((first, other)):
+    with pytest.raises(RuntimeError), applied((RMS_NORM, other)):
         pytest.fail("applied all the same")
     assert Gemma3RMSNorm.forward is original
 
@@ -303,7 +317,7 @@ def test_convert_leaves_torch_and_transformers_as_they_were(
         module(*arguments)
         raise ZeroDivisionError
 
-    places = [patch.holder() for patch in [ALL["rms_norm"], *ALL.values()]]
+    places = [patch.holder() for patch in [RMS_NORM, *ALL.values()]]
     before = [getattr(*place) for place in places]
     attention = dict(ALL_ATTENTION_FUNCTIONS)
     dtype, checkpoint = torch.get_default_dtype(), open_checkpoint(str(tiny_checkpoint()))
