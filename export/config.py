@@ -201,12 +201,14 @@ def check_heads(spec: ModelSpec, target: Target) -> None:
             raise StillgraphError(STAGE, problem, "use --target portable")
 
 
-def check_positions(spec: ModelSpec, shape: GraphShape) -> None:
-    """Refuse a graph whose positions the model was not made for. Raises StillgraphError."""
+def check_positions(spec: ModelSpec, shape: GraphShape, limit: str = "max_position_embeddings") -> None:
+    """Refuse a graph whose positions the model was not made for. Raises StillgraphError.
+
+    limit: what the spec's max_position_embeddings are, in words.
+    """
     if shape.caches and shape.limit > spec.max_position_embeddings:
         option = "--ctx" if shape.ctx else "--max-len"
-        problem = f"{option} {shape.limit} is over the model's max_position_embeddings"
-        problem += f" of {spec.max_position_embeddings}"
+        problem = f"{option} {shape.limit} is over the model's {limit} of {spec.max_position_embeddings}"
         raise StillgraphError(STAGE, problem, f"lower {option}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,13 +54,18 @@ def _normed(norm: Any, heads: Tensor, shifted: bool) -> Tensor:
 
 
 def fused_attention(
-    owner: type, shifted: bool = False, softcap: str | None = None, rotates: str | None = None
+    owner: type,
+    shifted: bool = False,
+    softcap: str | None = None,
+    rotates: str | None = None,
+    scale: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> Patch:
     """Of a class with `q_proj`, `k_proj` and `v_proj`, or `qkv_proj`, and `o_proj`.
 
     shifted: its `q_norm` and `k_norm`, where it has them, scale by 1 + weight; softcap: its attribute with
     the cap of the scores, a number or None; rotates: its attribute that is true in layers with RoPE, where
-    there are others.
+    there are others; scale(the module, positions [B, S]): what queries are multiplied by, [B, S, 1], where it
+    takes `position_ids` for that.
     """
 
     def forward(
@@ -74,6 +80,8 @@ def fused_attention(
         query, key, value = _projected(self, hidden_states)
         if hasattr(self, "q_norm"):
             query, key = _normed(self.q_norm, query, shifted), _normed(self.k_norm, key, shifted)
+        if scale is not None:  # RoPE rotates after it, and a number is the same before it
+            query = query * scale(self, kwargs["position_ids"])
         cap = None if softcap is None else getattr(self, softcap)
         rope = rotates is None or bool(getattr(self, rotates))
         output = past_key_values.attend(query, key, value, self, softcap=cap, rope=rope)
@@ -82,7 +90,7 @@ def fused_attention(
     return Patch(
         name=f"fused_attention of {owner.__name__}",
         target=forward_of(owner),
-        signature=SIGNATURE,
+        signature=SIGNATURE if scale is None else (*SIGNATURE[:4], "position_ids", *SIGNATURE[4:]),
         replacement=forward,
         reason="a token's time is reading weights: one product reads them at once, and one op moves no cache",
         upstream="https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md",

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.decoders import DECODERS
+
 pytest_plugins = ["tests.mock_model"]
 
 # Two processes run the tests on two cores; libraries that are loaded after this keep to one thread each.
@@ -129,6 +131,7 @@ FAMILIES = {
     "gemma3": SMALL,
     "llama": LLAMA,
     "qwen2": QWEN2,
+    **DECODERS,
 }
 Shapes = list[tuple[str, int, int | None]]  # (role, max_len, ctx) of each graph
 PAIR: Shapes = [("prefill", 16, 40), ("decode", 1, 40)]
@@ -214,8 +217,8 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
 
     folder.mkdir(parents=True)
     family = families()[raw["architectures"][0]]
-    model = family.build(family.config(dict(raw)))
-    randomize(model, seed)
+    model = family.build(family.config(json.loads(json.dumps(raw))))  # it writes into what it is given
+    randomize(model, seed, raw.get("initializer_range"))
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
@@ -226,17 +229,21 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], seed: int) -> None:
         (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[raw["model_type"]]))
 
 
-def randomize(model: Any, seed: int) -> None:
-    """Seeded weights: matrices large enough for logits that vary, no norm at its initial constant."""
+def randomize(model: Any, seed: int, spread: float | None = None) -> None:
+    """Seeded weights: matrices large enough for logits that vary, no norm at its initial constant.
+
+    spread: of matrices and biases; norms are then around what they start with.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+                constant = 0.0 if spread is None else parameter
+                parameter.copy_(constant + torch.rand(parameter.shape, generator=generator) - 0.5)
             else:
-                parameter.normal_(0.0, 0.1, generator=generator)
+                parameter.normal_(0.0, spread or 0.1, generator=generator)
 
 
 def write_tokenizer(folder: Path, marks: list[str]) -> None:

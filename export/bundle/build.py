@@ -79,7 +79,7 @@ def export(
     check_heads(checkpoint.spec, config.target)
     shapes = with_int8_prefill(config, with_pictures(config, checkpoint.spec, shapes, vision))
     for shape in shapes:
-        check_positions(checkpoint.spec, shape)
+        check_positions(checkpoint.spec, shape, checkpoint.family.limit(checkpoint.config))
         if former is not None:
             check_fits_bundle(config, checkpoint.sha256, shape, former)
     with staged(config.place) as folder:

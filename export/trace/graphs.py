@@ -91,6 +91,8 @@ class Graph(nn.Module):
         [B, 1, V], key, value of the first layer with a cache, key, ...).
         """
         positions = torch.arange(tokens.shape[1])[None, :].expand(tokens.shape[0], -1)
+        if past_length is not None:
+            positions = positions + past_length[:, None]
         attention_masks: dict[str, Tensor | None]
         buffers = by_layer(self.spec, past) if past else None
         cache: StaticCache | FusedCache | PictureCache
@@ -103,8 +105,6 @@ class Graph(nn.Module):
                 cache = PictureCache(cache, pictures)
             attention_masks = dict.fromkeys((layer.kind for layer in self.spec.layers), None)
         else:
-            if past_length is not None:
-                positions = positions + past_length[:, None]
             cache = StaticCache(buffers, past_length, new_length)
             attention_masks = {**masks(self.spec, positions, self.shape.limit, pictures)}
         hidden = self.decoder(

@@ -1,0 +1,28 @@
+"""Granite 3, dense: `GraniteForCausalLM`. Three of its four multipliers are the decoder's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GraniteForCausalLM
+from transformers.models.granite import modeling_granite as granite
+
+from stillgraph.exporter.families import decoder_family, full_layers
+from stillgraph.patches.fused_attention import fused_attention
+from stillgraph.patches.fused_mlp import fused_mlp
+
+
+def scaled(config: Any, logits: Tensor) -> Tensor:
+    """Logits as in `GraniteForCausalLM.forward`."""
+    quotient: Tensor = logits / config.logits_scaling
+    return quotient
+
+
+FAMILY = decoder_family(
+    GraniteForCausalLM,
+    norm=granite.GraniteRMSNorm,
+    fused=(fused_attention(granite.GraniteAttention), fused_mlp(granite.GraniteMLP)),
+    kinds=full_layers,
+    logits=scaled,
+)
