@@ -12,9 +12,7 @@ from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Manifest
 from stillgraph.weight_tensor import Layout, WeightChange, WeightTensor
 
-# Codes of a matrix in blocks, of which each stored one has one at least; an embedding that is no head as well
-# has only the last, which a lookup reads.
-BLOCKED: tuple[Layout, ...] = ("packed", "columns", "table", "columns_gathered")
+BLOCKED: tuple[Layout, ...] = ("packed", "columns")  # codes of a matrix in blocks, or of a table
 CHANNELS: tuple[Layout, ...] = ("channels",)  # those of one with a scale a row
 TURN = WeightChange(op="Transpose", argument=(1, 0))
 
