@@ -6,17 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stillgraph.engine import Engine, Step
+    from stillgraph.engine import Engine
     from stillgraph.errors import StillgraphError
     from stillgraph.exporter.api import export  # noqa: TID251  # for types: it is imported when it is used
     from stillgraph.loading import load
+    from stillgraph.row import Step
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "Step", "StillgraphError", "__version__", "export", "load"]
 
 HOMES = {
     "Engine": "stillgraph.engine",
-    "Step": "stillgraph.engine",
+    "Step": "stillgraph.row",
     "StillgraphError": "stillgraph.errors",
     "export": "stillgraph.exporter.api",
     "load": "stillgraph.loading",

@@ -17,9 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from stillgraph.errors import StillgraphError
+from stillgraph.messages import Message
 from stillgraph.tokenizer import read_json
 
-Message = Mapping[str, Any]
 IMAGE_PART = re.compile(r"""(type['"]?\]?\s*==|equalto['"]\s*,)\s*['"]image['"]""")
 
 
@@ -59,17 +59,6 @@ class Template:
             raise StillgraphError(
                 "render chat template", f"it refuses the messages ({error})", remedy
             ) from error
-
-
-def in_parts(message: Message, mark: str) -> Message:
-    """A message whose text is a list of parts: an image for each mark, and text between."""
-    content = message.get("content")
-    if not isinstance(content, str):
-        return message
-    image: Message = {"type": "image"}
-    texts = [{"type": "text", "text": text} if text else None for text in content.split(mark)]
-    parts = [part for text in texts for part in (image, text)][1:]
-    return {**message, "content": [part for part in parts if part is not None]}
 
 
 def read_template(bundle: Path, special_tokens: Mapping[str, str]) -> Template:

@@ -1,30 +1,33 @@
-"""`stillgraph run` and `stillgraph chat`."""
+"""`stillgraph run` and `stillgraph chat`.
+
+ONNX Runtime is imported inside them, so that help and wrong use are told at once.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from stillgraph.conversation import Conversation
-from stillgraph.engine import MAX_NEW_TOKENS, Engine, Prompt, Step
 from stillgraph.errors import StillgraphError
-from stillgraph.loading import load
+from stillgraph.manifest import read
 from stillgraph.metrics import PeakPss, Times, peak_rss_mb
+from stillgraph.options import MAX_NEW_TOKENS, Options
+from stillgraph.sampling import Sampling
+
+if TYPE_CHECKING:
+    from stillgraph.conversation import Conversation
+    from stillgraph.engine import Engine
+    from stillgraph.row import Step
 
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to write at most.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        help="0 always takes the most likely token.",
-        show_default="this and the next four as the model's makers set them",
-    ),
-]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from this many of the most likely tokens.")]
 TopP = Annotated[
     float | None, typer.Option(help="Sample from the most likely tokens of this total probability.")
@@ -62,7 +65,7 @@ def run(
     image: Images = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message in a chat.")] = False,
     max_new_tokens: MaxNewTokens = MAX_NEW_TOKENS,
-    temperature: Temperature = None,
+    temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
@@ -80,24 +83,17 @@ def run(
     neither: load_ms is all of it, with --unload-prefill also the change of graphs after the first token.
     """
     given = _read_prompt(prompt, prompt_file, token_ids, chat)
-    images = image or []
+    options = _options(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, image or []
+    )
     with PeakPss() as peak:
         engine = _load(bundle, unload_prefill, threads, quiet)
         peak.sample()
-        ids = engine.chat_ids([engine.user(str(given), len(images))]) if chat else engine.ids(given)
+        if isinstance(given, str) and chat:
+            given = engine.ids([engine.prompts.user(given, len(options["images"]))])
+        ids = engine.ids(given)
         steps: list[Step] = []
-        for step in engine.stream(
-            ids,
-            images=images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop or (),
-        ):
+        for step in engine.stream(ids, **options):
             steps.append(step)
             if not as_json:
                 _show(step.text)
@@ -110,7 +106,7 @@ def run(
 def chat(
     bundle: Bundle,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = None,
+    temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
@@ -125,17 +121,10 @@ def chat(
 
     Each turn continues the cache of the turn before, where the bundle's prefill can.
     """
+    options = _options(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, [])
     engine = _load(bundle, unload_prefill, threads, quiet)
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop or (),
-    }
+    from stillgraph.conversation import Conversation
+
     conversation = Conversation(engine)
     while (line := _read_line()) not in (None, "/exit"):
         if line == "/reset":
@@ -152,7 +141,7 @@ def _turn(conversation: Conversation, line: str, options: dict[str, Any], quiet:
     steps: list[Step] = []
     try:
         ids = conversation.ids(line)
-        for step in conversation.engine.stream(ids, images=conversation.images, **options):
+        for step in conversation.engine.stream(ids, **options | {"images": conversation.images}):
             steps.append(step)
             _show(step.text)
     except KeyboardInterrupt:
@@ -177,12 +166,37 @@ def _read_line() -> str | None:
         return None
 
 
+def _options(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+    images: list[Path],
+) -> dict[str, Any]:
+    """The options of `Engine.stream`, checked before anything is loaded. Raises StillgraphError."""
+    for path in images:
+        if not path.is_file():
+            raise StillgraphError("read image", f"{path} is not a file", "give the path of an image file")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    Options(sampling, max_new_tokens, stop)
+    return {"max_new_tokens": max_new_tokens, "stop": stop, "images": images, **asdict(sampling)}
+
+
 def _load(bundle: Path, unload_prefill: bool | None, threads: int | None, quiet: bool) -> Engine:
+    if threads is not None and threads < 1:
+        raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
+    read(bundle)  # what is no bundle is told before ONNX Runtime is imported
+    from stillgraph.loading import load
+
     with Console(stderr=True, quiet=quiet).status(f"loading {bundle}"):
         return load(bundle, unload_prefill=unload_prefill, threads=threads)
 
 
-def _read_prompt(text: str | None, file: str | None, token_ids: str | None, chat: bool) -> Prompt:
+def _read_prompt(text: str | None, file: str | None, token_ids: str | None, chat: bool) -> str | list[int]:
     given = [value for value in (text, file, token_ids) if value is not None]
     if len(given) != 1:
         problem = f"{len(given)} prompts were given"

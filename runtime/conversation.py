@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from stillgraph.chat_template import Message
-from stillgraph.engine import Engine, Step
+from stillgraph.engine import Engine
+from stillgraph.messages import Message
+from stillgraph.row import Step
 
 if TYPE_CHECKING:
     from stillgraph.vision.image_file import ImageSource
@@ -45,16 +46,16 @@ class Conversation:
 
     def ids(self, question: str) -> list[int]:
         """The ids of the chat with a question, ready for the answer. Raises StillgraphError."""
-        text = self.engine.chat_text([*self.messages, self._user(question)])
+        text = self.engine.prompts.chat_text([*self.messages, self._user(question)])
         behind = self._behind_answer(text)
         if behind is None:
-            return self.engine.encode_chat(text)
-        return self._ids + self.engine.encode_chat(behind)
+            return self.engine.prompts.encode_chat(text)
+        return self._ids + self.engine.prompts.encode_chat(behind)
 
     def add(self, question: str, ids: Sequence[int], steps: Sequence[Step]) -> None:
         """Take in an answer: the question, the ids that were prompted, and the steps that came."""
         answer = "".join(step.text for step in steps)
-        self._text = self.engine.chat_text([*self.messages, self._user(question)])
+        self._text = self.engine.prompts.chat_text([*self.messages, self._user(question)])
         self._answer = answer
         self.messages += [self._user(question), {"role": "assistant", "content": answer}]
         self._shown = 0
@@ -75,4 +76,4 @@ class Conversation:
         return None
 
     def _user(self, question: str) -> Message:
-        return self.engine.user(question, self._shown)
+        return self.engine.prompts.user(question, self._shown)

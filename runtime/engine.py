@@ -2,92 +2,38 @@
 
 from __future__ import annotations
 
-import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from stillgraph.chat_template import Message, Template, in_parts, read_template
-from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.errors import StillgraphError
+from stillgraph.in_thread import in_thread
 from stillgraph.kv_cache import Graphs
 from stillgraph.manifest import Manifest
-from stillgraph.sampling import Sampler, Sampling, with_defaults
-from stillgraph.session import Array
-from stillgraph.tokenizer import Stops, Stream, Text
+from stillgraph.options import MAX_NEW_TOKENS, Options
+from stillgraph.prompts import Prompt, Prompts
+from stillgraph.row import Row, Step
+from stillgraph.sampling import Choose, Forced, Sampler, Sampling, is_count
+from stillgraph.session import Array, return_memory
+from stillgraph.tokenizer import Text
 from stillgraph.vision.features import Vision
 
 if TYPE_CHECKING:
     from stillgraph.vision.image_file import ImageSource
 
-FinishReason = Literal["stop", "length", "context"]
-Prompt = str | Sequence[int]
-MAX_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of a stream.
-
-    token: its id; text: what can be shown since the step before; logprob: log-probability of the token under
-    the model's own distribution; finish_reason: None but in the last step, which is `stop` after a stop token
-    or stop string, `length` after max_new_tokens, `context` when the cache is full; elapsed: seconds since
-    the request, loading graphs not counted.
-    """
-
-    token: int
-    text: str
-    logprob: float
-    finish_reason: FinishReason | None
-    elapsed: float
-
-
-class Row:
-    """One row's way through a request: its ids, its sampler, its text, and why it ended.
-
-    input_ids: the prompt as the graphs are given it, with its pictures in place of their image tokens.
-    """
-
-    def __init__(
-        self,
-        prompt: list[int],
-        input_ids: list[int],
-        sampler: Sampler,
-        text: Stream | None,
-        stops: Stops,
-        limit: int,
-    ) -> None:
-        self.prompt, self.input_ids, self.ids = prompt, input_ids, list(prompt)
-        self._sampler, self._text, self._stops, self._limit = sampler, text, stops, limit
-        self.finish_reason: FinishReason | None = None
-
-    def step(self, logits: Array, stop_tokens: frozenset[int], room: bool) -> tuple[int, str, float]:
-        """Choose the next token from logits [V]: (token, text, logprob). room: the cache can take it."""
-        token, logprob = self._sampler(logits, self.ids)
-        if not math.isfinite(logprob):
-            problem = f"the graph gave logits that are not finite, at position {len(self.ids)}"
-            raise CheckFailed("generate", problem, "run 'stillgraph validate' on the bundle")
-        self.ids.append(token)
-        stopped = token in stop_tokens
-        text, cut = self._stops.push("" if stopped or self._text is None else self._text.push(token))
-        if stopped or cut:
-            self.finish_reason = "stop"
-        elif len(self.ids) - len(self.prompt) == self._limit:
-            self.finish_reason = "length"
-        elif not room:
-            self.finish_reason = "context"
-        return token, text if cut or self.finish_reason is None else text + self._flush(), logprob
-
-    def _flush(self) -> str:
-        text, cut = self._stops.push(self._text.flush() if self._text else "")
-        if cut:
-            self.finish_reason = "stop"
-        return text + self._stops.flush()
-
 
 class Engine:
-    """A loaded bundle. One request at a time: a new one ends the stream before it."""
+    """A loaded bundle; `with` closes it. It serves one request at a time: a new one ends the one before.
+
+    A request that comes while another thread is inside a step of one is refused, and so is all use after
+    `close`: each with a StillgraphError.
+    """
 
     def __init__(
         self,
@@ -100,9 +46,9 @@ class Engine:
         """text: None for a bundle without a tokenizer, which takes and gives ids alone."""
         self.manifest, self.graphs, self.text, self.bundle = manifest, graphs, text, bundle
         self.vision = vision
-        self._stop_tokens = frozenset(manifest.calling.tokens.stop)
+        self.prompts = Prompts(manifest, graphs, text, vision, bundle)
         self._request = 0
-        self._template: Template | None = None
+        self._working = threading.Lock()  # held while a request is read, and inside each step
 
     @property
     def load_seconds(self) -> float:
@@ -115,25 +61,34 @@ class Engine:
         *,
         images: Sequence[ImageSource] = (),
         max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float | None = None,
+        temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> Iterator[Step]:
-        """The continuation of a prompt (text, or ids as they are), token by token.
+        stop: str | Sequence[str] | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        top_logprobs: int = 0,
+    ) -> Generator[Step]:
+        """The continuation of a prompt, token by token.
 
-        Options of sampling that are None are as the model's makers set them (`calling.sampling` of the
-        manifest); temperature 0 always takes the most likely token.
-        images: paths, bytes of files or images of Pillow, in the order of their marks in the prompt. With a
-        prefill that continues a cache, the prefix that the cache still holds from the request before is not
-        computed again. Raises StillgraphError at once for options, a prompt or an image that cannot be used.
+        prompt: text; ids as they are; or a chat, a list of messages {"role": .., "content": ..}, which goes
+        through the bundle's chat template: a content is text or a list of parts {"type": "text", "text": ..}
+        and {"type": "image"}, with "image" or "path" beside it for its picture.
+        images: paths, bytes of files or images of Pillow, in the order of their marks in the prompt, and of
+        the parts of a chat without a picture of their own.
+        temperature 0 is greedy. stop: one text or several, the first of which ends the text before it.
+        stop_tokens: ids that end it in place of the bundle's own; () for none. top_logprobs: how many of the
+        likeliest tokens each step tells with their log-probabilities; that of its own it always has.
+
+        With a prefill that continues a cache, the prefix that the cache still holds from the request before
+        is not computed again. Raises StillgraphError at once for options, a prompt or an image that cannot
+        be used.
         """
-        given = temperature, top_k, top_p, min_p, repetition_penalty
-        sampling = with_defaults(self.manifest.calling.sampling, *given, seed=seed)
-        rows = self.stream_batch([prompt], sampling, [images], max_new_tokens=max_new_tokens, stop=stop)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        options = Options(sampling, max_new_tokens, stop, stop_tokens, top_logprobs)
+        rows = self._begin([prompt], [images], options)
         return (step for _, step in rows)
 
     def stream_batch(
@@ -143,135 +98,182 @@ class Engine:
         images: Sequence[Sequence[ImageSource]] = (),
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        stop: Sequence[str] = (),
-    ) -> Iterator[tuple[int, Step]]:
+        stop: str | Sequence[str] | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        top_logprobs: int = 0,
+    ) -> Generator[tuple[int, Step]]:
         """As `stream` for up to as many prompts as the graphs have rows, each with a length, a random stream
         and images of its own: (row, step), a step of each unfinished row in turn."""
-        began, loading = time.perf_counter(), self.load_seconds
-        if max_new_tokens < 1:
-            raise StillgraphError("read options", f"max_new_tokens is {max_new_tokens}", "give 1 or more")
+        options = Options(sampling or Sampling(), max_new_tokens, stop, stop_tokens, top_logprobs)
+        return self._begin(prompts, images, options)
+
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[Step]:
+        """`stream`, with its options, for `async for`: each step runs in a thread, and the loop goes on.
+
+        What `stream` raises at once comes with the first step. Closed or canceled, it ends after the step
+        that is running. The engine still serves one request at a time: keep others waiting with a lock.
+        """
+        return in_thread(partial(self.stream, prompt, **options))
+
+    def score(
+        self,
+        prompt: Prompt,
+        *,
+        start: int = 1,
+        images: Sequence[ImageSource] = (),
+        top_logprobs: int = 0,
+    ) -> Generator[Step]:
+        """The prompt's own tokens from position `start` on, each with its log-probability given those before.
+
+        For a perplexity the default; for a continuation `start` is the number of tokens of its context, and
+        another continuation of the same context finds that in the cache. A token is the greedy one where it
+        is the first of `top_logprobs`. The graphs give logits of one position a call: the first `start`
+        tokens cost a prefill, and each one after them a step of decode, about as long as making it.
+        Raises StillgraphError at once, as `stream`, and for a `start` without a token before or behind it.
+        """
+        _, rows = self._forced(prompt, images, start, Options(stop_tokens=(), top_logprobs=top_logprobs))
+        return (step for _, step in rows)
+
+    def logits(
+        self, prompt: Prompt, *, start: int = 0, images: Sequence[ImageSource] = ()
+    ) -> Generator[Array]:
+        """The raw logits [V] after each token of the prompt from position `start` on, one array at a time.
+
+        It costs what `score` does, and an array of its own for each position: with a vocabulary of 262144
+        that is 1 MB, so all of them are best not kept.
+        """
+        forced, rows = self._forced(prompt, images, start, Options(stop_tokens=()), after_last=True)
+        return (forced.logits for _ in rows)
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked against what the graphs can take. Raises StillgraphError."""
+        return self.prompts.ids(prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids without special tokens. Raises StillgraphError."""
+        return self.prompts.decode(ids)
+
+    def reset(self) -> None:
+        """Forget the cache and the pictures, so that the next request computes its whole prompt."""
+        with self._at_work():
+            self.graphs.reset()
+            if self.vision is not None:
+                self.vision.reset()
+
+    def close(self) -> None:
+        """Give back sessions, buffers and mapped files, after the step that another thread may be in.
+
+        All use after that raises StillgraphError, but another `close`.
+        """
+        closed: Any = Closed(self.bundle)
+        with self._working:
+            self.graphs = self.vision = self.prompts = closed
+        return_memory()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(
+        self, prompts: Sequence[Prompt], images: Sequence[Sequence[ImageSource]], options: Options
+    ) -> Generator[tuple[int, Step]]:
+        origin = time.perf_counter() - self.load_seconds
         if not 1 <= len(prompts) <= self.graphs.rows:
             problem = f"{len(prompts)} prompts for graphs of {self.graphs.rows} rows"
             raise StillgraphError(
                 "read prompt", problem, "give fewer, or export the bundle with a larger --batch"
             )
-        rows = []
-        for index, prompt in enumerate(prompts):
-            stream = Stream(self.text) if self.text else None
-            sampler = Sampler(sampling or with_defaults(self.manifest.calling.sampling), index)
-            given = images[index] if images else ()
-            ids = self.ids(prompt)
-            input_ids = self._placed(ids, given)
-            rows.append(Row(ids, input_ids, sampler, stream, Stops(stop), max_new_tokens))
+        with self._at_work():
+            rows = []
+            for index, prompt in enumerate(prompts):
+                ids, input_ids = self.prompts.read(prompt, images[index] if images else ())
+                rows.append(self._row(ids, input_ids, Sampler(options.sampling, index), options))
+            return self._generate(rows, origin)
+
+    def _forced(
+        self,
+        prompt: Prompt,
+        images: Sequence[ImageSource],
+        start: int,
+        options: Options,
+        after_last: bool = False,
+    ) -> tuple[Forced, Generator[tuple[int, Step]]]:
+        """A request that is given its tokens from `start` on; after_last: and chooses one behind them.
+
+        Then the first token is given from position `start` + 1 on: that one's logits come after `start`.
+        """
+        origin = time.perf_counter() - self.load_seconds
+        with self._at_work():
+            ids, input_ids = self.prompts.read(prompt, images)
+            if not is_count(start, 0 if after_last else 1) or start >= len(ids):
+                problem = f"start is {start!r} and the prompt has {len(ids)} tokens"
+                least = "0" if after_last else "1"
+                raise StillgraphError("read options", problem, f"give {least} or more, and less than that")
+            first = start + after_last
+            if min(input_ids[first:], default=0) < 0:
+                problem = f"start is {start} and a picture comes behind it"
+                raise StillgraphError("read options", problem, "start behind the last picture")
+            forced = Forced(ids[first:])
+            options = replace(options, max_new_tokens=len(ids) - first + after_last)
+            row = self._row(ids[:first], input_ids[:first], forced, options)
+            return forced, self._generate([row], origin)
+
+    def _row(self, ids: list[int], input_ids: list[int], choose: Choose, options: Options) -> Row:
+        return Row(ids, input_ids, choose, self.text, options, self.manifest.calling.tokens.stop)
+
+    def _generate(self, rows: list[Row], origin: float) -> Generator[tuple[int, Step]]:
+        """The steps of a new request. origin: when it began, by a clock that stops while graphs load."""
         self._request += 1
-        return self._generate(rows, self._request, began - loading)
+        return self._steps(rows, self._request, origin)
 
-    def reset(self) -> None:
-        """Forget the cache and the pictures, so that the next request computes its whole prompt."""
-        self.graphs.reset()
-        if self.vision is not None:
-            self.vision.reset()
-
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat, ready for the model's answer. Raises StillgraphError."""
-        return self.encode_chat(self.chat_text(messages))
-
-    def user(self, content: str, images: int = 0) -> Message:
-        """A user's message; marks of pictures that it lacks are put before it, a line each."""
-        lacking = images - content.count(self.vision.spec.mark) if self.vision else 0
-        marks = f"{self.vision.spec.mark}\n" * lacking if self.vision else ""
-        return {"role": "user", "content": marks + content}
-
-    def chat_text(self, messages: Sequence[Message]) -> str:
-        """A chat as the template renders it, ready for the model's answer. Raises StillgraphError."""
-        self._template = self._template or read_template(self.bundle, self._tokenizer().special_tokens)
-        if self.vision is not None and self._template.takes_parts:
-            messages = [in_parts(message, self.vision.spec.mark) for message in messages]
-        return self._template.render(messages)
-
-    def encode_chat(self, text: str) -> list[int]:
-        """Ids of text that a chat template rendered, which has its special tokens. Raises StillgraphError."""
-        return self._tokenizer().encode(self._expanded(text), special=False)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids without special tokens. Raises StillgraphError."""
-        return self._tokenizer().decode(ids)
-
-    def _tokenizer(self) -> Text:
-        if self.text is None:
-            raise StillgraphError("read chat", f"{self.bundle} has no tokenizer", "give token ids instead")
-        return self.text
-
-    def ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked against what the graphs can take. Raises StillgraphError."""
-        if isinstance(prompt, str):
-            if self.text is None:
-                raise StillgraphError(
-                    "read prompt", f"{self.bundle} has no tokenizer", "give token ids instead"
-                )
-            ids = self.text.encode(self._expanded(prompt)) if prompt else []
-        else:
-            ids = [int(token) for token in prompt]
-        self._check(ids)
-        return ids
-
-    def _expanded(self, text: str) -> str:
-        """Text with image tokens for the marks of pictures."""
-        if self.vision is None:
-            return text
-        token = self._tokenizer().tokenizer.id_to_token(self.vision.spec.image_token)
-        return text if token is None else self.vision.expanded(text, token)
-
-    def _placed(self, ids: list[int], images: Sequence[ImageSource]) -> list[int]:
-        """What the graphs are given for ids and the pictures among them. Raises StillgraphError."""
-        if self.vision is not None:
-            return self.vision.place(ids, images)
-        if images:
-            problem = f"{len(images)} images for {self.bundle}, whose model takes text alone"
-            raise StillgraphError("read prompt", problem, "leave them out, or use a model that sees")
-        return ids
-
-    def _check(self, ids: list[int]) -> None:
-        graphs, vocab = self.graphs, self.manifest.model.vocab_size
-        if not ids:
-            raise StillgraphError("read prompt", "the prompt is empty", "give at least one token")
-        wrong = [token for token in ids if not 0 <= token < vocab]
-        if wrong:
-            problem = f"token id {wrong[0]} is outside the vocabulary of {vocab}"
-            raise StillgraphError("read prompt", problem, f"give ids from 0 to {vocab - 1}")
-        if len(ids) > graphs.ctx:
-            problem = f"the prompt has {len(ids)} tokens and the cache takes {graphs.ctx}"
-            raise StillgraphError("read prompt", problem, "shorten it, or export with a larger --ctx")
-        if len(ids) > graphs.max_len and not graphs.continues:
-            problem = f"the prompt has {len(ids)} tokens and the prefill graph takes {graphs.max_len}"
-            again = f"stillgraph export prefill --max-len {graphs.max_len} --ctx {graphs.ctx}"
-            remedy = f"shorten it, or add a prefill that continues a cache with '{again}'"
-            raise StillgraphError("read prompt", problem, remedy)
-
-    def _generate(self, rows: list[Row], request: int, origin: float) -> Iterator[tuple[int, Step]]:
-        """origin: when the request began, on a clock that is stopped while graphs are loaded."""
-        self._still_mine(request)
-        idle = [rows[0].input_ids] * (self.graphs.rows - len(rows))  # unused rows get a copy
-        prompts = [row.input_ids for row in rows] + idle
-        if self.vision is not None:
-            self.vision.see(prompts, self.graphs.release)
-        logits = self.graphs.prefill(prompts)
-        while True:
-            fed: list[int | None] = [None] * self.graphs.rows
+    def _steps(self, rows: list[Row], request: int, origin: float) -> Generator[tuple[int, Step]]:
+        fed: list[int | None] | None = None
+        while any(row.finish_reason is None for row in rows):
+            given, fed, logits = fed, [None] * len(rows), None
             for index, row in enumerate(rows):
                 if row.finish_reason is not None:
                     continue
-                room = len(row.ids) < self.graphs.ctx  # all ids before the new one are in the cache
-                token, text, logprob = row.step(logits[index], self._stop_tokens, room)
+                with self._at_work(request):
+                    logits = self._run(rows, given) if logits is None else logits
+                    room = len(row.ids) < self.graphs.ctx  # all ids before the new one are in the cache
+                    token, text, logprob, top = row.step(logits[index], room)
+                    elapsed = time.perf_counter() - self.load_seconds - origin
                 fed[index] = token if row.finish_reason is None else None
-                elapsed = time.perf_counter() - self.load_seconds - origin
-                yield index, Step(token, text, logprob, row.finish_reason, elapsed)
-                self._still_mine(request)
-            if all(token is None for token in fed):
-                return
-            logits = self.graphs.decode(fed)
+                yield index, Step(token, text, logprob, row.finish_reason, elapsed, top)
 
-    def _still_mine(self, request: int) -> None:
-        if request != self._request:
-            remedy = "finish one stream before the next, or load a second engine"
-            raise StillgraphError("generate", "another request has begun on this engine", remedy)
+    def _run(self, rows: list[Row], fed: list[int | None] | None) -> Array:
+        """Logits [B, V] after the rows' prompts, or after the tokens `fed` behind them."""
+        unused = self.graphs.rows - len(rows)
+        if fed is not None:
+            return self.graphs.decode([*fed, *[None] * unused])
+        prompts = [row.input_ids for row in [*rows, *rows[:1] * unused]]  # unused rows get a copy
+        if self.vision is not None:
+            self.vision.see(prompts, self.graphs.release)
+        return self.graphs.prefill(prompts)
+
+    @contextmanager
+    def _at_work(self, request: int | None = None) -> Iterator[None]:
+        """Keep all others out of the engine. request: that it must still be. Raises StillgraphError."""
+        remedy = "finish one stream before the next, or load a second engine"
+        if not self._working.acquire(blocking=False):
+            raise StillgraphError("generate", "another request is running on this engine", remedy)
+        try:
+            if request not in (None, self._request):
+                raise StillgraphError("generate", "another request has begun on this engine", remedy)
+            yield
+        finally:
+            self._working.release()
+
+
+class Closed:
+    """In the place of what a closed engine had."""
+
+    def __init__(self, bundle: Path) -> None:
+        self._bundle = bundle
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise StillgraphError("generate", f"the engine of {self._bundle} is closed", "load the bundle again")

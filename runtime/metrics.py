@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stillgraph.engine import Step
+    from stillgraph.row import Step
 
 MB = 1e6
 KIB = 1024 / MB

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import numpy as np
 
-from stillgraph.calling import SamplingDefaults
 from stillgraph.errors import StillgraphError
-from stillgraph.session import Array
 
-Processor = Callable[[Array, Sequence[int]], Array]  # (scores [V], ids so far) -> scores [V], a new array
+if TYPE_CHECKING:  # options are checked before ONNX Runtime is imported
+    from stillgraph.session import Array
+
+# (scores [V], ids so far) -> scores [V], a new array
+Processor: TypeAlias = "Callable[[Array, Sequence[int]], Array]"
+# (logits [V], ids so far) -> (the next token, its log-probability)
+Choose: TypeAlias = "Callable[[Array, Sequence[int]], tuple[int, float]]"
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,18 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more")
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "over 0 and at most 1")
-        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1")
-        penalty = self.repetition_penalty
-        _check(
-            "repetition_penalty",
-            penalty,
-            penalty is None or 0 < penalty < math.inf,
-            "over 0 (1 changes nothing)",
-        )
-        _check("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more")
+        _check("temperature", self.temperature, lambda value: 0 <= value < math.inf, "0 (greedy) or more")
+        if self.top_k is not None and not is_count(self.top_k, 1):
+            _refuse("top_k", self.top_k, "1 or more")
+        if self.top_p is not None:
+            _check("top_p", self.top_p, lambda value: 0 < value <= 1, "over 0 and at most 1")
+        if self.min_p is not None:
+            _check("min_p", self.min_p, lambda value: 0 <= value <= 1, "between 0 and 1")
+        if self.repetition_penalty is not None:
+            allowed = "over 0 (1 changes nothing)"
+            _check("repetition_penalty", self.repetition_penalty, lambda value: 0 < value < math.inf, allowed)
+        if self.seed is not None and not is_count(self.seed, 0):
+            _refuse("seed", self.seed, "0 or more")
 
     def processors(self) -> list[Processor]:
         """The changes to the scores, in the order of transformers' `_get_logits_processor`."""
@@ -59,32 +65,6 @@ class Sampling:
         if self.min_p:
             chain.append(min_p(self.min_p))
         return chain
-
-
-def with_defaults(
-    makers: SamplingDefaults,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-) -> Sampling:
-    """A Sampling in which options that are None are as the model's makers set them.
-
-    Without a temperature of either tokens are drawn at 1 where the makers draw them, and else not at all.
-    """
-    if temperature is None:
-        drawn = 1.0 if makers.temperature is None else makers.temperature
-        temperature = drawn if makers.do_sample else 0.0
-    return Sampling(
-        temperature,
-        makers.top_k if top_k is None else top_k,
-        makers.top_p if top_p is None else top_p,
-        makers.min_p if min_p is None else min_p,
-        makers.repetition_penalty if repetition_penalty is None else repetition_penalty,
-        seed,
-    )
 
 
 class Sampler:
@@ -111,13 +91,45 @@ class Sampler:
         return int(kept[cumulative.searchsorted(self._random.random() * cumulative[-1], side="right")])
 
     def _logprob(self, logits: Array, token: int) -> float:
-        """log softmax in a kept scratch array: 0.15 ms for 262144 logits."""
         if self._scratch is None:
             self._scratch = np.empty_like(logits)
-        top = logits.max()
-        np.subtract(logits, top, out=self._scratch)
-        np.exp(self._scratch, out=self._scratch)
-        return float(logits[token] - top) - math.log(float(self._scratch.sum()))
+        return float(logits[token]) - log_normalizer(logits, self._scratch)
+
+
+class Forced:
+    """Takes given tokens, then the likeliest ones. `logits` [V] is a copy of what it was last asked with."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def __call__(self, logits: Array, ids: Sequence[int]) -> tuple[int, float]:
+        """As `Sampler`."""
+        self.logits = logits.copy()
+        token = next(self._tokens, None)
+        token = int(logits.argmax()) if token is None else token
+        return token, float(logits[token]) - log_normalizer(logits)
+
+
+def log_normalizer(logits: Array, scratch: Array | None = None) -> float:
+    """log(sum(exp(logits))), which a logit less this is a log-probability: 0.15 ms for 262144 logits.
+
+    The exponents are less the largest logit and none overflows. scratch: an array like `logits` to write to.
+    """
+    top = logits.max()
+    scratch = np.subtract(logits, top, out=scratch)
+    np.exp(scratch, out=scratch)
+    return float(top) + math.log(float(scratch.sum(dtype=np.float64)))
+
+
+def likeliest(logits: Array, count: int) -> list[tuple[int, float]]:
+    """The `count` likeliest tokens of logits [V] and their log-probabilities, the likeliest first."""
+    count = min(count, logits.size)
+    if count == 0:
+        return []
+    found = np.argpartition(logits, -count)[-count:]
+    found = found[np.lexsort((found, -logits[found]))]
+    normalizer = log_normalizer(logits)
+    return [(int(token), float(logits[token]) - normalizer) for token in found]
 
 
 def repetition_penalty(penalty: float | None) -> Processor:
@@ -178,6 +190,15 @@ def _softmax(scores: Array) -> Array:
     return weights
 
 
-def _check(name: str, value: object, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise StillgraphError("read sampling options", f"{name} is {value}", f"give a {name} of {allowed}")
+def is_count(value: object, least: int) -> bool:
+    """Whether a value is a whole number of at least `least`."""
+    return isinstance(value, numbers.Integral) and int(value) >= least
+
+
+def _check(name: str, value: float, ok: Callable[[float], bool], allowed: str) -> None:
+    if not (isinstance(value, numbers.Real) and ok(float(value))):
+        _refuse(name, value, allowed)
+
+
+def _refuse(name: str, value: object, allowed: str) -> NoReturn:
+    raise StillgraphError("read sampling options", f"{name} is {value!r}", f"give a {name} of {allowed}")

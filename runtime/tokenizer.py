@@ -99,14 +99,25 @@ class Stream:
 
 
 class Stops:
-    """Cuts a stream of text before the first stop string. Raises StillgraphError for an empty one."""
+    """Cuts a stream of text before the first stop string.
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        if "" in stops:
-            raise StillgraphError(
-                "read stop strings", "a stop string is empty", "leave it out or write some text"
-            )
-        self._stops, self._held = tuple(stops), ""
+    stops: some, or one as it is; None for none. Raises StillgraphError for what is no text, or empty.
+    """
+
+    def __init__(self, stops: str | Sequence[str] | None) -> None:
+        if isinstance(stops, str):
+            stops = (stops,)
+        if not isinstance(stops, list | tuple | set | frozenset | None):
+            problem = f"stop is {stops!r}"
+            raise StillgraphError("read stop strings", problem, "give a text or a list of texts")
+        for stop in stops or ():
+            if not isinstance(stop, str):
+                problem = f"a stop string is {stop!r}"
+                raise StillgraphError("read stop strings", problem, "give it as text")
+            if not stop:
+                problem = "a stop string is empty"
+                raise StillgraphError("read stop strings", problem, "leave it out or write some text")
+        self._stops, self._held = tuple(stops or ()), ""
 
     def push(self, piece: str) -> tuple[str, bool]:
         """(text that can go out, whether a stop string was found). Holds back what may begin one."""

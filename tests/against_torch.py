@@ -39,8 +39,9 @@ def greedy(args: argparse.Namespace) -> int:
 
     engine = load(args.bundle)
     ids = prompt_ids(args.prompt_tokens, engine.manifest.model.vocab_size)
-    engine._stop_tokens = frozenset()  # random weights choose stop tokens like any other
-    tokens = [step.token for step in engine.stream(ids, max_new_tokens=args.tokens, temperature=0)]
+    # Random weights choose stop tokens like any other.
+    steps = engine.stream(ids, max_new_tokens=args.tokens, stop_tokens=())
+    tokens = [step.token for step in steps]
     del engine
     model = open_checkpoint(args.checkpoint).load()
     cache, fed, equal, near = DynamicCache(), torch.tensor([ids]), 0, 0

@@ -149,7 +149,7 @@ def test_chat_remembers_and_continues_its_cache(bundle_of, capsys, stdin) -> Non
     assert counts[1] > counts[0] + len("you")  # the answer is in it
     assert counts[2] == counts[0]
     first = load(bundle)
-    steps = first.stream(first.chat_ids([{"role": "user", "content": "hi"}]), max_new_tokens=6)
+    steps = first.stream(first.ids([{"role": "user", "content": "hi"}]), max_new_tokens=6)
     assert out.startswith("".join(step.text for step in steps) + "\n")
 
 

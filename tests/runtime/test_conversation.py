@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from stillgraph import Step
 from stillgraph.chat_template import Template
 from stillgraph.conversation import Conversation
-from stillgraph.engine import Step
 
 TEMPLATE = (
     "<bos>{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}<end>{% endfor %}"
@@ -24,6 +24,7 @@ class Letters:
 
     def __init__(self, template: str = TEMPLATE) -> None:
         self.template, self.encoded = Template(template, {}), list[str]()
+        self.prompts = self
 
     def chat_text(self, messages) -> str:
         return self.template.render(messages)
@@ -107,7 +108,7 @@ def test_pictures_stay_with_the_question_they_were_shown_before() -> None:
     conversation.forget()
     assert conversation.images == ["one.png", "two.png"]
     conversation.ids("really?")
-    whole = engine.chat_text([*conversation.messages, engine.user("really?")])
+    whole = engine.prompts.chat_text([*conversation.messages, engine.prompts.user("really?")])
     assert whole.count("#") == 2
     conversation.clear()
     assert conversation.images == []

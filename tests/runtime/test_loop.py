@@ -100,6 +100,26 @@ def test_what_a_stop_string_held_back_comes_at_the_end(engine_of, greedy) -> Non
     assert ["".join(step.text for step in steps), steps[-1].finish_reason] == [letters[0], "stop"]
 
 
+def test_one_text_to_stop_at_is_one_text(engine_of, greedy) -> None:
+    letters = Letters().decode(greedy([1, 2], 4, V))
+    engine, _ = engine_of(text=Letters())
+    found = [
+        "".join(s.text for s in engine.stream([1, 2], stop=stop)) for stop in (letters[1:3], [letters[1:3]])
+    ]
+    assert found == [letters[0]] * 2
+
+
+def test_other_stop_tokens_take_the_place_of_the_bundles(engine_of, greedy) -> None:
+    expected = greedy([1, 2], 6, V)
+    assert expected[1] != expected[3]
+    engine, _ = engine_of(stop=[expected[1]])
+    for stop_tokens, count in ((None, 2), ((), 6), ([expected[3]], expected.index(expected[3]) + 1)):
+        found = tokens(engine.stream([1, 2], max_new_tokens=6, stop_tokens=stop_tokens))
+        assert found == expected[:count]
+        rows = engine.stream_batch([[1, 2]], max_new_tokens=6, stop_tokens=stop_tokens)
+        assert [step.token for _, step in rows] == expected[:count]
+
+
 def test_a_shared_prefix_is_not_computed_again(engine_of, greedy) -> None:
     engine, mock = engine_of(P, C)
     first = prompt_of(6)

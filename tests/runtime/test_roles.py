@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stillgraph.calling import SamplingDefaults
 from stillgraph.engine import Engine
 from stillgraph.kv_cache import GraphPair
 from stillgraph.manifest import Alias, GraphEntry
@@ -92,22 +91,3 @@ def test_the_pad_token_of_the_manifest_fills_a_chunk() -> None:
     pair = GraphPair(*graphs, spec(V).layers, load, pad=7)
     pair.prefill([[3, 1, 4, 1, 5]])
     assert seen == [[3, 1, 4, 1], [5, 7, 7, 7]]
-
-
-def test_options_that_are_not_given_are_the_makers(engine_of) -> None:
-    """A top_k of 1 is greedy whatever is drawn; without it a temperature of 50 draws nearly any token."""
-    engine, _ = engine_of()
-
-    def tokens(makers: SamplingDefaults, **options: float) -> list[int]:
-        calling = engine.manifest.calling.model_copy(update={"sampling": makers})
-        engine.manifest = engine.manifest.model_copy(update={"calling": calling})
-        return [step.token for step in engine.stream([3, 1, 4], max_new_tokens=10, **options)]
-
-    greedy = greedy_tokens([3, 1, 4], 10, V)
-    hot = SamplingDefaults(do_sample=True, temperature=50.0)
-    assert tokens(SamplingDefaults(temperature=50.0)) == greedy, "they do not draw"
-    assert tokens(hot, seed=1) != greedy
-    assert tokens(hot, temperature=0) == greedy
-    assert tokens(hot.model_copy(update={"top_k": 1}), seed=1) == greedy
-    assert tokens(hot.model_copy(update={"top_k": 1}), seed=1, top_k=V) == tokens(hot, seed=1)
-    assert tokens(SamplingDefaults(top_k=1), seed=1, temperature=50.0) == greedy, "one that is given draws"

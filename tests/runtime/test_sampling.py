@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from stillgraph.errors import StillgraphError
-from stillgraph.sampling import Sampler, Sampling
+from stillgraph.sampling import Forced, Sampler, Sampling, likeliest
 
 IDS = [3, 17, 3, 40, 5]
 CASES = [
@@ -80,6 +80,35 @@ def test_the_log_probability_is_the_models_own_whatever_the_sampling() -> None:
     logits = scores(2)
     token, logprob = Sampler(Sampling(temperature=5.0, top_k=3, repetition_penalty=2.0, seed=0))(logits, IDS)
     assert logprob == pytest.approx(float(torch.log_softmax(torch.from_numpy(logits), 0)[token]), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3, 200, 5000])
+@pytest.mark.parametrize("shift", [0.0, 3e4, -3e4])
+def test_the_likeliest_are_those_of_torch(count, shift) -> None:
+    """Logits far from zero would overflow, or lose all digits, in an exponent that is not shifted."""
+    logits = scores(3) + np.float32(shift)
+    expected = torch.log_softmax(torch.from_numpy(logits).double(), 0)
+    order = expected.sort(descending=True, stable=True).indices[:count].tolist()
+    found = likeliest(logits, count)
+    assert [token for token, _ in found] == order
+    np.testing.assert_allclose([logprob for _, logprob in found], expected[order], rtol=0, atol=1e-6)
+
+
+def test_none_of_the_likeliest_is_none() -> None:
+    assert likeliest(scores(3), 0) == []
+
+
+def test_forced_tokens_have_their_own_log_probability_and_are_followed_by_the_likeliest() -> None:
+    logits, forced = scores(4), Forced([7, 9])
+    expected = torch.log_softmax(torch.from_numpy(logits).double(), 0)
+    found = [forced(logits, []) for _ in range(3)]
+    assert [token for token, _ in found] == [7, 9, int(logits.argmax())]
+    for token, logprob in found:
+        assert logprob == pytest.approx(float(expected[token]), abs=1e-6)
+    kept = forced.logits
+    np.testing.assert_array_equal(kept, logits)
+    logits[:] = 0
+    assert kept.any(), "a graph writes its next logits into the same array"
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -18,7 +18,6 @@ class Ours:
     def __init__(self, request: Any) -> None:
         unload, compiled = (request.options.get(key) == "True" for key in ("unload", "compiled"))
         self.engine = load(request.model, unload_prefill=unload, threads=request.threads, compiled=compiled)
-        self.engine._stop_tokens = frozenset()  # random weights choose stop tokens like any other
         self.loaded = self.engine.load_seconds
         self.images = [request.image] if request.image else []
         manifest = self.engine.manifest
@@ -39,10 +38,9 @@ class Ours:
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         self.engine.reset()
-        return (
-            step.token
-            for step in self.engine.stream(ids, images=self.images, max_new_tokens=count, temperature=0)
-        )
+        # Random weights choose stop tokens like any other.
+        steps = self.engine.stream(ids, images=self.images, max_new_tokens=count, stop_tokens=())
+        return (step.token for step in steps)
 
 
 def weights_mb(manifest: Manifest, bundle: Path, compiled: bool) -> float:

@@ -35,7 +35,7 @@ def score(engine: Engine, change: Callable[[Image.Image], Image.Image]) -> float
     for scene in islice(scenes("test", held_out=True), PICTURES):
         image = change(scene.draw(rng, rng.randint(80, 240)))
         for question in scene.questions(rng):
-            prompt = engine.chat_ids([engine.user(question.text, 1)])
+            prompt = engine.ids([engine.prompts.user(question.text, 1)])
             steps = engine.stream(prompt, images=[image], max_new_tokens=12)
             right += "".join(step.text for step in steps) == question.answer
             total += 1

@@ -61,23 +61,22 @@ def test_text_from_pictures(
 ) -> None:
     bundle = tiny_bundle(PAIR, target=target, **SIGLIP)
     engine = load(bundle, threads=1)
-    engine._stop_tokens = frozenset()
     images = [drawn(seed) for seed in range(count)]
     ids = engine.ids(prompt)
     assert len(ids) == 1 + len(prompt.replace(MARK, "")) + count * (3 + 9 + 3)
-    steps = list(engine.stream(prompt, images=images, max_new_tokens=TOKENS))
+    steps = list(engine.stream(prompt, images=images, max_new_tokens=TOKENS, stop_tokens=()))
     assert follows(steps, read(bundle).source.id, ids, images, min(TOKENS, CTX - len(ids) + 1))
-    again = list(engine.stream(f"{prompt}, and?", images=images, max_new_tokens=12))  # from the prefix
+    longer = f"{prompt}, and?"  # from the prefix
+    again = list(engine.stream(longer, images=images, max_new_tokens=12, stop_tokens=()))
     assert follows(again, read(bundle).source.id, engine.ids(f"{prompt}, and?"), images, 12)
 
 
 def test_two_rows_with_pictures_in_other_places(tiny_bundle: Bundle, drawn: Any, follows: Any) -> None:
     bundle = tiny_bundle(PAIR, target="onnxruntime", batch=2, **SIGLIP)
     engine = load(bundle, threads=1)
-    engine._stop_tokens = frozenset()
     prompts, images = [f"seven b{MARK}", f"{MARK} and {MARK}"], [[drawn(1)], [drawn(2), drawn(3)]]
     found: list[list[Step]] = [[], []]
-    for row, step in engine.stream_batch(prompts, images=images, max_new_tokens=6):
+    for row, step in engine.stream_batch(prompts, images=images, max_new_tokens=6, stop_tokens=()):
         found[row].append(step)
     checkpoint = read(bundle).source.id
     for prompt, given, steps in zip(prompts, images, found, strict=True):

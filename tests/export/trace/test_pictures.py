@@ -95,12 +95,11 @@ def test_text_from_pictures(
     checkpoint = read(bundle).source.id
     images = [drawn(seed) for seed in range(count)]
     engine = load(bundle, threads=1)
-    engine._stop_tokens = frozenset()
-    steps = list(engine.stream(prompt, images=images, max_new_tokens=12))
+    steps = list(engine.stream(prompt, images=images, max_new_tokens=12, stop_tokens=()))
     assert follows(steps, checkpoint, engine.ids(prompt), images, 12)
-    others = list(engine.stream(prompt, images=[drawn(9)] * count, max_new_tokens=12))
+    others = list(engine.stream(prompt, images=[drawn(9)] * count, max_new_tokens=12, stop_tokens=()))
     assert [step.logprob for step in others] != [step.logprob for step in steps]
-    again = list(engine.stream(prompt, images=images, max_new_tokens=12))
+    again = list(engine.stream(prompt, images=images, max_new_tokens=12, stop_tokens=()))
     assert [step.token for step in again] == [step.token for step in steps]
 
 
@@ -111,11 +110,10 @@ def test_sixty_four_tokens_after_pictures(tiny_bundle: Bundle, drawn: Any, follo
     # A seed whose tokens vary, and with the pictures.
     bundle = tiny_bundle([("prefill", P, ctx), ("decode", 1, ctx)], target=target, seed=1, **LLAVA)
     engine = load(bundle, threads=1)
-    engine._stop_tokens = frozenset()
     prompt, images = "ab<image>c<image>", [drawn(1), drawn(2)]
-    steps = list(engine.stream(prompt, images=images, max_new_tokens=64))
+    steps = list(engine.stream(prompt, images=images, max_new_tokens=64, stop_tokens=()))
     assert follows(steps, read(bundle).source.id, engine.ids(prompt), images, 64)
-    others = engine.stream(prompt, images=images[::-1], max_new_tokens=64)
+    others = engine.stream(prompt, images=images[::-1], max_new_tokens=64, stop_tokens=())
     assert [step.token for step in others] != [step.token for step in steps]
 
 

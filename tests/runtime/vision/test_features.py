@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillgraph.chat_template import Template, in_parts
+from stillgraph.chat_template import Template
 from stillgraph.errors import StillgraphError
 from stillgraph.manifest import File, GraphEntry
+from stillgraph.messages import in_parts
 from stillgraph.ports import input_ports, output_ports
 from stillgraph.spec import GraphShape, ModelSpec, VisionSpec
 from stillgraph.vision.embedder import Embedder
