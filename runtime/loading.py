@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
 from stillgraph.compiled import Compiled, Found, find, set_options
-from stillgraph.cpu import available_cores, cpu_name, lacking
+from stillgraph.cpu import cpu_name, lacking
 from stillgraph.dynamic import GrowingGraph
 from stillgraph.engine import Engine
 from stillgraph.errors import StillgraphError
 from stillgraph.kv_cache import GraphPair, Graphs
-from stillgraph.manifest import GraphEntry, Manifest, Requires, check_files, read
+from stillgraph.manifest import GraphEntry, Manifest, check_files, read
 from stillgraph.page_cache import mappings, populate, read_in
-from stillgraph.session import Session, session_options
+from stillgraph.session import Session
+from stillgraph.session_options import Provider, SessionChoice
+from stillgraph.session_options import session_options as make_options
 from stillgraph.tokenizer import Text
 from stillgraph.vision.embedder import Embedder
 from stillgraph.vision.features import Vision
@@ -39,8 +41,10 @@ def load(
     check_hashes: bool = False,
     compiled: bool = True,
     profile: Path | None = None,
+    providers: Sequence[Provider] | None = None,
+    session_options: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Load a bundle, ready for a prompt. Raises StillgraphError.
+    """Load a bundle, ready for a prompt. Raises StillgraphError. `with` or `close` gives its memory back.
 
     unload_prefill: hold one graph at a time in memory; None asks the environment for
     UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
@@ -48,22 +52,33 @@ def load(
     made. profile: a folder for ONNX Runtime's trace of each graph, `prefill_*.json` and `decode_*.json`,
     written when the graph is unloaded; runs are slower by some microseconds a node.
 
+    providers: of ONNX Runtime, by name or as (name, options), the preferred one first; by default the CPU's.
+    What a bundle's validation proves, it proves on the CPU. With any other provider keys and values still
+    come from and go to the CPU's memory at each step, in buffers of their own for either, since nothing shows
+    that such a provider may write where it reads; bundles of the onnxruntime target, whose ops must, are
+    refused, and a compiled folder is left alone.
+    session_options: of every graph's session, over those that this runtime sets: config entries such as
+    {"session.intra_op.allow_spinning": "0"}, and attributes of ONNX Runtime's SessionOptions such as
+    {"intra_op_num_threads": 2}. Those that exact sums and mapped weights depend on are refused. A compiled
+    graph is optimized already, whatever `graph_optimization_level` says.
+
     What 'stillgraph compile' made for this machine is used where it fits; where it does not, a warning says
     why, and the bundle's own graphs serve. A bundle of one growing graph has no prefill to unload.
     """
     began = time.perf_counter()
+    chosen = SessionChoice.of(threads, providers, session_options)
     folder = Path(bundle)
     manifest = read(folder)
     check_files(folder, manifest, hashes=check_hashes)
-    _check_runtime(folder, manifest.requires)
+    _check_machine(folder, manifest, chosen)
     dynamic = manifest.graph("dynamic")
     one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
     tokens = manifest.calling.tokens
     text = Text(folder, tokens.bos) if (folder / "tokenizer.json").is_file() else None
-    found = find(folder, manifest, hashes=check_hashes) if compiled else Found(None)
+    found = find(folder, manifest, hashes=check_hashes) if compiled and chosen.on_cpu else Found(None)
     if found.reason:
         log.warning(found.reason)
-    open_graph = _loader(folder, manifest, found.compiled, threads, one, profile)
+    open_graph = _loader(folder, manifest, found.compiled, chosen, one, profile)
     pair = None if dynamic else _pair(folder, manifest, found.compiled)
     data = found.compiled.data if found.compiled else None
     read_in(folder / (data or manifest.weights.file).path)
@@ -73,6 +88,7 @@ def load(
         graphs = GrowingGraph(dynamic, open_graph)
     else:
         assert pair is not None
+        pair = pair if chosen.on_cpu else (_apart(pair[0]), _apart(pair[1]))
         embed = _entry(folder, manifest, "embed") if pair[0].shape.embeds else None
         embedder = (
             Embedder(embed, open_graph, vision.fill, vision.spec.image_tokens, tokens.pad)
@@ -82,6 +98,20 @@ def load(
         graphs = GraphPair(*pair, manifest.model.layers, open_graph, one, embedder, tokens.pad)
     graphs.load_seconds = time.perf_counter() - began - (vision.load_seconds if vision else 0.0)
     return Engine(manifest, graphs, text, folder, vision)
+
+
+def _check_machine(folder: Path, manifest: Manifest, chosen: SessionChoice) -> None:
+    """Refuse a CPU, an ONNX Runtime or providers that the bundle cannot run on. Raises StillgraphError."""
+    needed = manifest.requires
+    if missing := lacking(needed.cpu):
+        problem = f"{folder} needs {', '.join(missing)}, which this CPU, {cpu_name()}, does not have"
+        raise StillgraphError("load bundle", problem, "export the bundle again, or run it on another machine")
+    if needed.onnxruntime is not None and _numbers(ort.__version__) < _numbers(needed.onnxruntime):
+        problem = f"{folder} needs onnxruntime {needed.onnxruntime} or newer and this is {ort.__version__}"
+        raise StillgraphError("load bundle", problem, "upgrade with 'pip install --upgrade onnxruntime'")
+    if not chosen.on_cpu and manifest.target == "onnxruntime":
+        problem = f"{folder} is made of ops for the CPU, and providers has others"
+        raise StillgraphError("load bundle", problem, "leave providers out, or export with --target portable")
 
 
 def _vision(folder: Path, manifest: Manifest, open_graph: Load, one_at_a_time: bool) -> Vision | None:
@@ -109,18 +139,15 @@ def _loader(
     folder: Path,
     manifest: Manifest,
     compiled: Compiled | None,
-    threads: int | None,
+    chosen: SessionChoice,
     one_at_a_time: bool,
     profile: Path | None,
 ) -> Load:
-    if threads is not None and threads < 1:
-        raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
-    count = threads or available_cores()
     weights = folder / manifest.weights.file.path
     pack = compiled.packed if compiled else manifest.precision != "fp32"
 
     def open_graph(entry: GraphEntry) -> Session:
-        options = session_options(entry, pack, count, one_at_a_time)
+        options = make_options(entry, pack, chosen, one_at_a_time)
         file = entry.file
         if compiled and (made := compiled.graph(entry)):
             set_options(options, folder, compiled.packed)
@@ -129,7 +156,7 @@ def _loader(
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / entry.shape.role)
         former = mappings(weights)  # of the other graph, populated when that was loaded
-        session = Session(folder / file.path, entry, options)
+        session = Session(folder / file.path, entry, options, chosen.providers)
         if not pack:  # else there are copies, or packing has read every page
             populate(mappings(weights) - former)
         return session
@@ -150,23 +177,18 @@ def _pair(folder: Path, manifest: Manifest, compiled: Compiled | None) -> tuple[
     return prefill, decode
 
 
+def _apart(entry: GraphEntry) -> GraphEntry:
+    """A graph of whose presents none may lie in its past's buffer."""
+    aliases = tuple(alias.model_copy(update={"same_buffer": False}) for alias in entry.aliases)
+    return entry.model_copy(update={"aliases": aliases})
+
+
 def _entry(folder: Path, manifest: Manifest, role: str) -> GraphEntry:
     entry = manifest.graph(role)
     if entry is None:
         remedy = f"add one with 'stillgraph export {role}' into the same --out"
         raise StillgraphError("load bundle", f"{folder} has no {role} graph", remedy)
     return entry
-
-
-def _check_runtime(folder: Path, requires: Requires) -> None:
-    """Refuse a CPU or an ONNX Runtime that lacks what the bundle needs. Raises StillgraphError."""
-    if missing := lacking(requires.cpu):
-        problem = f"{folder} needs {', '.join(missing)}, which this CPU, {cpu_name()}, does not have"
-        raise StillgraphError("load bundle", problem, "export the bundle again, or run it on another machine")
-    least = requires.onnxruntime
-    if least is not None and _numbers(ort.__version__) < _numbers(least):
-        problem = f"{folder} needs onnxruntime {least} or newer and this is {ort.__version__}"
-        raise StillgraphError("load bundle", problem, "upgrade with 'pip install --upgrade onnxruntime'")
 
 
 def _numbers(version: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from stillgraph.cpu import EXACT_SUMS
 from stillgraph.errors import StillgraphError, first_line
 from stillgraph.manifest import GraphEntry
 from stillgraph.ports import Port
+from stillgraph.session_options import CPU, Provider
 
 Array = npt.NDArray[Any]
 
@@ -28,12 +28,18 @@ class Runner(Protocol):
 
 
 class Session:
-    """A graph in ONNX Runtime."""
+    """A graph in ONNX Runtime. Its inputs and outputs are in the CPU's memory, whatever the providers."""
 
-    def __init__(self, path: Path, entry: GraphEntry, options: ort.SessionOptions) -> None:
+    def __init__(
+        self,
+        path: Path,
+        entry: GraphEntry,
+        options: ort.SessionOptions,
+        providers: Sequence[Provider] = (CPU,),
+    ) -> None:
         self.entry = entry
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             problem = f"ONNX Runtime cannot load {path} ({first_line(error)})"
             raise StillgraphError(
@@ -65,33 +71,6 @@ class Bound:
 
     def __call__(self) -> None:
         self._session.run_with_iobinding(self._binding)
-
-
-def session_options(
-    entry: GraphEntry, pack: bool, threads: int, one_at_a_time: bool = False
-) -> ort.SessionOptions:
-    """The options of a graph's session.
-
-    pack: whether weights are copied as the kernels want them. Those of fp32 stay mapped from the file, which
-    both graphs then share: packing them makes a private copy for each graph and takes seconds at load, to
-    gain nothing in decode and a sixth of a prefill. Those of few bits have no other fast kernels. A prefill
-    that is to be unloaded gets no arena, which would keep the memory of its activations.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
-    for name, value in EXACT_SUMS.items():
-        options.add_session_config_entry(name, value)
-    if not pack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    if entry.shape.role != "decode":
-        # Its threads would spin on for a while and take the cores from the first decode steps.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    if entry.shape.role != "decode" and one_at_a_time:
-        options.enable_cpu_mem_arena = False
-    return options
 
 
 def empty(port: Port) -> Array:
