@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stillgraph.errors import CheckFailed
 from stillgraph.exit_codes import not_installed
+from stillgraph.exporter.checkpoint_folder import check_folder
 from stillgraph.exporter.config import (
     ExportConfig,
     Say,
@@ -19,6 +20,7 @@ from stillgraph.exporter.config import (
     request,
     with_one_slack,
 )
+from stillgraph.exporter.staging import check_place
 from stillgraph.manifest import Manifest, Precision, Target
 
 if TYPE_CHECKING:
@@ -83,12 +85,19 @@ def make(
     A broken bound is a report that says so: `require_passed` raises for it.
     """
     shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
+    check_paths(config)
     from stillgraph.exporter.bundle.build import export as build
     from stillgraph.exporter.validate.validate import validate as prove
 
     manifest = build(config, shapes, replace=True, say=say, vision=None)
     parity = prove(config.place, model=config.model, depth="quick", say=say) if validated else None
     return manifest, parity
+
+
+def check_paths(config: ExportConfig) -> None:
+    """Raises StillgraphError for a checkpoint or a place that cannot be one, before torch is imported."""
+    check_folder(config.model)
+    check_place(config.place)
 
 
 def require_passed(bundle: Path, parity: Parity) -> None:

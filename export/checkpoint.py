@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,12 +16,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
 from stillgraph.errors import StillgraphError
+from stillgraph.exporter.checkpoint_folder import NO_CONFIG, STAGE, folder_of, read_json
 from stillgraph.exporter.families import Family, families
 from stillgraph.spec import ModelSpec
 
-STAGE = "read checkpoint"
-DEMO = Path(__file__).parent / "demo" / "demo_checkpoint"
-SHIPPED = {"demo": DEMO, "demo-vision": Path(__file__).parent / "demo" / "demo_vision_checkpoint"}
 HEAD = "lm_head.weight"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -102,8 +99,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def open_checkpoint(model: str) -> Checkpoint:
     """Find, read and check a checkpoint: of SHIPPED, a local folder or a hub id. Raises StillgraphError."""
-    folder = _folder(model)
-    raw = read_json(folder / "config.json", "name a folder with a Hugging Face checkpoint")
+    folder = folder_of(model)
+    raw = read_json(folder / "config.json", NO_CONFIG)
     architectures = raw.get("architectures") or [None]
     family = families().get(architectures[0])
     if family is None:
@@ -155,41 +152,6 @@ def _valid_config(model: str) -> Iterator[None]:
     except Exception as error:
         problem = f"{model}: config.json is not valid: {' '.join(str(error).split())}"
         raise StillgraphError(STAGE, problem, "fix config.json") from error
-
-
-def _folder(model: str) -> Path:
-    if model in SHIPPED:
-        return SHIPPED[model]
-    if Path(model).is_dir():
-        return Path(model)
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise StillgraphError(
-            STAGE, f"{model}: no such folder", "name a checkpoint folder, a hub id, 'demo' or 'demo-vision'"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except Exception as error:  # the hub client raises dozens of kinds; each means the same to the user
-        problem = f"{model}: no such folder, and the hub did not give it ({type(error).__name__})"
-        raise StillgraphError(
-            STAGE, problem, "check the name and the network, or name a local folder"
-        ) from error
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object. Raises StillgraphError, with `remedy` where the file is missing."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StillgraphError(STAGE, f"{path} is missing", remedy) from None
-    except OSError as error:
-        raise StillgraphError(STAGE, f"{path}: {error.strerror}", "fix the checkpoint folder") from error
-    except ValueError as error:
-        raise StillgraphError(STAGE, f"{path} is not JSON ({error})", "download the file again") from error
-    if not isinstance(content, dict):
-        raise StillgraphError(STAGE, f"{path} is not a JSON object", "download the file again")
-    return content
 
 
 def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:

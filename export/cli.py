@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from stillgraph.exporter.api import make, require_passed
+from stillgraph.exporter.api import check_paths, make, require_passed
 from stillgraph.exporter.commands import AsJson, Quiet
 from stillgraph.exporter.config import (
     ARTIFACTS,
@@ -212,6 +212,7 @@ def bundle(
 
 
 def _add(config: ExportConfig, shapes: list[GraphShape], output: Output, vision: bool = False) -> None:
+    check_paths(config)
     with output.progress() as say:
         from stillgraph.exporter.bundle.build import export
 

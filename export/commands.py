@@ -14,7 +14,9 @@ from rich.table import Table
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.api import require_passed
+from stillgraph.exporter.checkpoint_folder import check_folder
 from stillgraph.exporter.console import Output
+from stillgraph.manifest import Manifest, check_files, read
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
@@ -23,6 +25,7 @@ Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'
 
 def simplify(bundle: Bundle, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Simplify a bundle's graphs again, in place, with the steps of this version."""
+    _checked(bundle)
     output = Output(quiet, as_json)
     with output.progress() as say:
         from stillgraph.exporter.bundle.resimplify import resimplify
@@ -47,6 +50,7 @@ def compile_(
     as_json: AsJson = False,
 ) -> None:
     """Optimize a bundle's graphs and pack its weights for this machine, once instead of at every load."""
+    _checked(bundle)
     output = Output(quiet, as_json)
     with output.progress() as say:
         from stillgraph.exporter.compile.compile import compile_bundle
@@ -76,6 +80,8 @@ def validate(
     """Compare a bundle's files, in ONNX Runtime, with PyTorch. Exit code 1 when a bound is broken."""
     if full and quick:
         raise StillgraphError("validate", "--full and --quick were both given", "give one of them")
+    manifest = _checked(bundle)
+    check_folder(model or manifest.source.id)
     depth: Literal["quick", "default", "full"] = "full" if full else "quick" if quick else "default"
     output = Output(quiet, as_json)
     with output.progress() as say:
@@ -88,8 +94,16 @@ def validate(
 
 def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
     """Show what is in a bundle: files, ops, memory, valid ranges, the last validation."""
+    _checked(bundle)
     from stillgraph.exporter.bundle.inspection import inspect as look
     from stillgraph.exporter.bundle.inspection import tables
 
     inspection = look(bundle)
     Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))
+
+
+def _checked(bundle: Path) -> Manifest:
+    """A bundle's manifest, its files in place. Raises StillgraphError, before torch or onnx is imported."""
+    manifest = read(bundle)
+    check_files(bundle, manifest)
+    return manifest

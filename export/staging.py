@@ -24,8 +24,7 @@ def staged(place: Path) -> Iterator[Path]:
     However the process ends before that, `place` keeps its old content. Folders left behind by processes that
     are gone are removed. Raises StillgraphError where `place` is something else than a bundle.
     """
-    if place.exists() and (not place.is_dir() or (any(place.iterdir()) and not (place / MANIFEST).is_file())):
-        raise StillgraphError("write bundle", f"{place} exists and is not a bundle", "give another --out")
+    check_place(place)
     real = place.resolve()  # a link to a bundle stays a link
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +41,12 @@ def staged(place: Path) -> Iterator[Path]:
         raise StillgraphError("write bundle", problem, "free space or give another --out") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_place(place: Path) -> None:
+    """Raises StillgraphError where `place` is something else than a bundle."""
+    if place.exists() and (not place.is_dir() or (any(place.iterdir()) and not (place / MANIFEST).is_file())):
+        raise StillgraphError("write bundle", f"{place} exists and is not a bundle", "give another --out")
 
 
 def staged_file(path: Path, content: str) -> None:

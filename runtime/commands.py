@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from stillgraph.errors import StillgraphError
-from stillgraph.manifest import read
+from stillgraph.manifest import check_files, read
 from stillgraph.metrics import PeakPss, Times, peak_rss_mb
 from stillgraph.options import MAX_NEW_TOKENS, Options
 from stillgraph.sampling import Sampling
@@ -189,7 +189,7 @@ def _options(
 def _load(bundle: Path, unload_prefill: bool | None, threads: int | None, quiet: bool) -> Engine:
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
-    read(bundle)  # what is no bundle is told before ONNX Runtime is imported
+    check_files(bundle, read(bundle))  # what is no bundle is told before ONNX Runtime is imported
     from stillgraph.loading import load
 
     with Console(stderr=True, quiet=quiet).status(f"loading {bundle}"):

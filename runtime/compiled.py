@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import onnxruntime as ort
 from pydantic import PositiveInt, ValidationError
 
 from stillgraph.cpu import cpu_name
 from stillgraph.manifest import File, GraphEntry, Manifest, sha256
 from stillgraph.spec import Frozen
+
+if TYPE_CHECKING:  # the commands that only look at a bundle do not wait for ONNX Runtime
+    import onnxruntime as ort
 
 COMPILED = "compiled"
 DESCRIPTION = "compiled.json"
@@ -133,6 +135,8 @@ def set_options(options: ort.SessionOptions, bundle: Path, packed: bool) -> None
     each weight again, compares, drops its own copy and reads the mapped one. So every page of them is mapped
     after a load, and of `weights` nothing needs to be but where weights are not packed.
     """
+    import onnxruntime as ort
+
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # ONNX Runtime takes no path that leaves this folder, so it cannot be the compiled one.
     _set(options, "session.model_external_initializers_file_folder_path", str(bundle))
@@ -158,6 +162,8 @@ def _folders(parent: Path) -> list[Path]:
 
 def _misfit(compiled: Compiled, manifest: Manifest, cpu: str) -> str | None:
     """Why a folder is not for this machine and bundle, or None."""
+    import onnxruntime as ort
+
     if compiled.cpu != cpu:
         return f"it was made on {compiled.cpu} and this is {cpu}"
     if compiled.onnxruntime != ort.__version__:

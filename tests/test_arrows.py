@@ -23,7 +23,7 @@ ENGINE = {"stillgraph.loading", "stillgraph.session"}
 DESCRIBED = {f"stillgraph.{name}" for name in ("chat_template", "tokenizer", "vision.preprocessor")}
 # The rooms of export/ from the ground up, and files beside them. Each imports only from lines above its own.
 ROOMS = (
-    "__init__ demo families ort precisions staging targets",
+    "__init__ checkpoint_folder demo families ort precisions staging targets",
     "config",
     "checkpoint console ir",
     "bench quantize trace weights",

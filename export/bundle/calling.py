@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from stillgraph.calling import Calling, ImagePreprocessing, PromptCalls, SamplingDefaults, Tokens
 from stillgraph.chat_template import read_template
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.checkpoint import STAGE, Checkpoint, read_json
+from stillgraph.exporter.checkpoint import Checkpoint
+from stillgraph.exporter.checkpoint_folder import STAGE, read_json
 from stillgraph.spec import GraphShape, ModelSpec, marks_pictures
 from stillgraph.tokenizer import Text
 from stillgraph.vision.preprocessor import CONFIG, NESTED, Preprocessor

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.checkpoint import DEMO, Checkpoint, open_checkpoint
+from stillgraph.exporter.checkpoint import Checkpoint, open_checkpoint
+from stillgraph.exporter.checkpoint_folder import DEMO
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.staging import staged_file
 from stillgraph.exporter.validate.cases import (

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stillgraph.exporter.checkpoint import DEMO, open_checkpoint
+from stillgraph.exporter.checkpoint import open_checkpoint
+from stillgraph.exporter.checkpoint_folder import DEMO
 
 Refused = Callable[..., AbstractContextManager[None]]
 Edit = Callable[[dict[str, Any]], object]

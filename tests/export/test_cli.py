@@ -131,8 +131,8 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
                       graphs={}, weights="", cases=(case,))  # fmt: skip
 
     monkeypatch.setattr("stillgraph.exporter.validate.validate.validate", fake)
-    assert cli.main(["validate", str(own_bundle), "-m", "m", *([option] if option else [])]) == 0
-    assert asked == [(own_bundle, "m", depth)]
+    assert cli.main(["validate", str(own_bundle), "-m", "demo", *([option] if option else [])]) == 0
+    assert asked == [(own_bundle, "demo", depth)]
     stdout, stderr = capsys.readouterr()
     assert "passed" in stdout
     assert stderr == "[bold]\n"

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from stillgraph import load
 from stillgraph.engine import Engine
 from stillgraph.exporter.bundle.build import export
-from stillgraph.exporter.checkpoint import SHIPPED
+from stillgraph.exporter.checkpoint_folder import SHIPPED
 from stillgraph.exporter.config import decode_shape, prefill_shape, request
 from stillgraph.exporter.demo.scenes import scenes
 
