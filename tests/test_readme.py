@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
     ROOT / "README.md",
     *sorted(ROOT.glob("export/**/README.md")),
+    ROOT / "runtime/README.md",
     *sorted(ROOT.glob("tests/**/README.md")),
 ]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -71,7 +72,12 @@ def test_files_of_the_tree_exist() -> None:
     assert seen > 20
 
 
-def test_the_python_example_writes_text(tmp_path: Path) -> None:
+def python_of(page: str) -> str:
+    """The Python on a page, as one program."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL))
+
+
+def test_the_python_examples_run(tmp_path: Path) -> None:
     from stillgraph.exporter.bundle.build import export
     from stillgraph.exporter.config import decode_shape, prefill_shape, request
 
@@ -79,7 +85,7 @@ def test_the_python_example_writes_text(tmp_path: Path) -> None:
         model="demo", target="portable", precision="fp32", batch=1, out=tmp_path / "artifacts/demo"
     )
     export(config, [prefill_shape(config, 128, 1024), decode_shape(config, 1024)], True, lambda _: None)
-    code = README.partition("```python\n")[2].partition("```")[0]
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert len(done.stdout.split()) > 20
+    for page in ("README.md", "runtime/README.md"):
+        command = [sys.executable, "-c", python_of(page)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert len(done.stdout.split()) > 20
