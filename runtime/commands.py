@@ -180,7 +180,8 @@ def _options(
     """The options of `Engine.stream`, checked before anything is loaded. Raises StillgraphError."""
     for path in images:
         if not path.is_file():
-            raise StillgraphError("read image", f"{path} is not a file", "give the path of an image file")
+            there = "is not a file" if path.exists() else "does not exist"
+            raise StillgraphError("read image", f"{path} {there}", "give the path of an image file")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     Options(sampling, max_new_tokens, stop)
     return {"max_new_tokens": max_new_tokens, "stop": stop, "images": images, **asdict(sampling)}

@@ -34,7 +34,7 @@ CASES = [
     ),
     ("bench BUNDLE --against nonsense", "--against 'nonsense' is not a contender"),
     ("run BUNDLE", "0 prompts were given"),
-    ("run BUNDLE -p a --image NONE", "NONE is not a file"),
+    ("run BUNDLE -p a --image NONE", "NONE does not exist"),
     ("run BUNDLE -p a --threads 0", "threads is 0"),
     ("run BUNDLE -p a --top-k 0", "top_k is 0"),
     ("run BUNDLE -p a --max-new-tokens 0", "max_new_tokens is 0"),
