@@ -69,7 +69,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "phi3, longrope": decoder(
         "Phi3ForCausalLM", "phi3", hidden_size=96, head_dim=None, num_attention_heads=3,
         num_key_value_heads=1, partial_rotary_factor=0.75, max_position_embeddings=256,
-        original_max_position_embeddings=64, tie_word_embeddings=True, rope_parameters=None,
+        original_max_position_embeddings=40, tie_word_embeddings=True, rope_parameters=None,
         rope_scaling={
             "type": "longrope", "short_factor": [1.0 + 0.1 * i for i in range(12)],
             "long_factor": [2.0 + 0.7 * i for i in range(12)],

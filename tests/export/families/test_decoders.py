@@ -153,12 +153,15 @@ def seen(model: Any, index: int) -> int | None:
 
 def test_longrope_ends_where_its_short_factor_does(tiny_checkpoint: Bundle, refused: Refused) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint(family="phi3, longrope")))
-    check = checkpoint.spec, GraphShape(role="decode", max_len=1, ctx=65)
-    with refused("export", "--ctx 65", "original_max_position_embeddings", "'longrope'", "of 64"):
-        check_positions(*check, checkpoint.family.limit(checkpoint.config))
+    shape = GraphShape(role="decode", max_len=1, ctx=CTX)
+    check_positions(checkpoint.spec, shape)
+    over = shape.model_copy(update={"ctx": CTX + 1})
+    with refused("export", "--ctx 41", "original_max_position_embeddings", "'longrope'", "of 40"):
+        check_positions(checkpoint.spec, over, checkpoint.family.limit(checkpoint.config))
     plain = open_checkpoint(str(tiny_checkpoint(family="phi3")))
     with refused("export", "--ctx 65", "the model's max_position_embeddings of 64"):
-        check_positions(plain.spec, check[1], plain.family.limit(plain.config))
+        over = shape.model_copy(update={"ctx": 65})
+        check_positions(plain.spec, over, plain.family.limit(plain.config))
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
