@@ -222,7 +222,7 @@ def test_a_buffer_may_be_shared_and_need_not_be(tiny_bundle: Bundle, tmp_path: P
     tokens = []
     for folder in (shared, bundle):
         engine = load(folder)
-        engine._stop_tokens = frozenset()
-        tokens.append([(step.token, step.logprob) for step in engine.stream(ids, max_new_tokens=40)])
+        steps = engine.stream(ids, max_new_tokens=40, stop_tokens=())
+        tokens.append([(step.token, step.logprob) for step in steps])
     assert len(tokens[0]) == 40 - 21 + 1
     assert tokens[0] == tokens[1]

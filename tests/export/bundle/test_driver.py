@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stillgraph.exporter.bundle.build import export
-from stillgraph.exporter.checkpoint import DEMO
+from stillgraph.exporter.checkpoint_folder import DEMO
 from stillgraph.exporter.config import decode_shape, prefill_shape, request
 
 DRIVER = Path(__file__).with_name("own_driver.py")
