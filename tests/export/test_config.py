@@ -129,7 +129,8 @@ def test_heads_that_the_op_does_not_take(
     spec = open_checkpoint(str(model)).spec
     check_heads(spec, "portable")
     for good in (8, 24, 256):
-        check_heads(spec.model_copy(update={"head_dim": good}), "onnxruntime")
+        layers = tuple(layer.model_copy(update={"head_dim": good}) for layer in spec.layers)
+        check_heads(spec.model_copy(update={"layers": layers}), "onnxruntime")
 
 
 @pytest.mark.parametrize(
