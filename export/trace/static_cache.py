@@ -23,7 +23,7 @@ def visible(
     positions: int64 [B, S], absolute; keys: the positions of the keys, int64 [B, C], or how many they are
     where key j has position j; picture: `same_picture`, where a picture's tokens see each other.
     """
-    key = (torch.arange(keys)[None] if isinstance(keys, int) else keys)[:, None, :]  # [B, 1, C]
+    key = (keys if isinstance(keys, Tensor) else torch.arange(keys)[None])[:, None, :]  # [B, 1, C]
     query = positions[:, :, None]  # [B, S, 1]
     seen = key <= query
     if picture is not None:
