@@ -81,9 +81,11 @@ def write(
     return Weights(file=file, tensors=known | placed)
 
 
-def attach(model: ir.Model, weights: Weights) -> None:
-    """Turn the inputs named as weights into initializers that point into the weights file."""
-    graph = model.graph
+def save_graph(model: ir.Model, weights: Weights, path: Path) -> ir.Model:
+    """Write a graph whose weights are inputs; in the file, and in what is returned, they are initializers
+    that point into the weights file. The model stays as it is."""
+    written = model.clone()
+    graph = written.graph
     for value in list(graph.inputs):
         place = weights.tensors.get(value.name or "")
         if place is None:
@@ -98,13 +100,17 @@ def attach(model: ir.Model, weights: Weights) -> None:
             name=value.name or "",
         )
         graph.initializers.add(value)
+    ir.save(written, path)
+    return written
 
 
-def detach(model: ir.Model) -> None:
-    """The reverse of `attach`: weights become inputs, and the graph is structure only."""
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph that `save_graph` wrote: its weights are inputs, and the weights file is not opened."""
+    model = ir.load(path)
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if isinstance(value.const_value, ir.ExternalTensor):
             del graph.initializers[name]
             value.const_value = None
             graph.inputs.append(value)
+    return model

@@ -107,7 +107,11 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
     if config.quantization is not None:
         plan = StoragePlan.of(config.target, config.precision, config.quantization, shape, checkpoint.tied)
     model = convert(
-        checkpoint, shape, config.target, config.precision, apart=plan is not None and plan.apart(shape)
+        checkpoint,
+        shape,
+        config.target,
+        config.precision,
+        split_mlp=plan is not None and plan.splits_mlp(shape),
     )
     recipes: list[Weight] = [*take_out(model, list(checkpoint.files))]
     before = model.clone()
@@ -155,11 +159,9 @@ def _write_weights(
 
 def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: Weights) -> GraphEntry:
     spec, shape = checkpoint.spec, traced.shape
-    weights.attach(traced.after, stored)
-    described = of_nodes(traced.after)
     path = folder / f"{shape.name}.onnx"
     path.unlink(missing_ok=True)  # it may be a link into the previous bundle
-    ir.save(traced.after, path)
+    described = of_nodes(weights.save_graph(traced.after, stored, path))
     pairs = [
         # A decode and a fused prefill write into their past; a portable prefill selects between two buffers.
         Alias(output=output, input=past, same_buffer=shape.role == "decode" or shape.slack is not None)
@@ -191,9 +193,8 @@ def _write_simplify_report(
     for entry in traced:
         name = entry.shape.name
         say(f"checking {name} against the graph before simplification")
-        weights.attach(entry.before, stored)
         unsimplified = folder / f".{name}.before.onnx"
-        ir.save(entry.before, unsimplified)
+        weights.save_graph(entry.before, stored, unsimplified)
         graphs[name] = entry.steps
         differences[name] = same_outputs(unsimplified, folder / f"{name}.onnx", entries[name].aliases)
         unsimplified.unlink()

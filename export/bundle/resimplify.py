@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
@@ -74,16 +74,18 @@ def _simplified(bundle: Path, entry: GraphEntry, manifest: Manifest, say: Say) -
     path = bundle / entry.file.path
     say(f"simplifying {path.name}")
     try:
-        model = ir.load(path)  # weights stay in their file until someone asks for them
+        model = weights.load_graph(path)
     except Exception as error:  # the protobuf parser raises undocumented exceptions
         problem = f"{path} is not an ONNX graph ({' '.join(str(error).split())})"
         raise StillgraphError(STAGE, problem, "export the bundle again") from error
-    weights.detach(model)
     simplified, steps = simplify(model, entry.shape.grows)
-    weights.attach(simplified, manifest.weights)
-    proto = ir.to_proto(simplified)
-    changed = not _same_graph(proto.graph, onnx.load(path, load_external_data=False).graph)
-    return Again(proto.SerializeToString(), of_nodes(simplified), changed, as_report(steps))
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder) / path.name
+        described = of_nodes(weights.save_graph(simplified, manifest.weights, again))
+        content = again.read_bytes()
+    former = onnx.load(path, load_external_data=False)
+    changed = not _same_graph(onnx.load_from_string(content).graph, former.graph)
+    return Again(content, described, changed, as_report(steps))
 
 
 def _same_graph(first: onnx.GraphProto, second: onnx.GraphProto) -> bool:

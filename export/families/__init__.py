@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stillgraph.errors import StillgraphError
+from stillgraph.exporter.targets import TARGETS
+from stillgraph.manifest import Precision, Target
+from stillgraph.patches.fused_mlp import fused_mlp
 from stillgraph.patches.half_weights import half_embedding, half_linear
 from stillgraph.patches.patch import Patch
 from stillgraph.patches.rms_norm import rms_norm
@@ -72,13 +75,13 @@ class Family:
 
     architecture: its class name; model_type: the `model_type` of its config; config(raw): the config object
     of a raw config.json; refuse(config): why such a checkpoint cannot be exported, or None; spec(config): the
-    model's shape; build(config): the model, weights not initialized; patches(config, target, precision): what
-    is changed while it is traced; masks(config, masks by layer kind): what its decoder takes as
-    attention_mask; rotary(its rotary embedding, positions [B, S], layer kind): cos and sin [B, S, R], R the
-    part of a head that is rotated; decoder(model): the part that `lm_head` follows; logits(decoder's config,
-    what `lm_head` returns); limit: what its max_position_embeddings are, in words; features(model,
-    pixel_values [N, 3, H, W]): what stands for N pictures in a prompt, [N, T, hidden]; None where it takes no
-    pictures.
+    model's shape; build(config): the model, weights not initialized; patches(config, target, precision,
+    split_mlp=False): what is changed while it is traced, split_mlp: gate and up stay two products;
+    masks(config, masks by layer kind): what its decoder takes as attention_mask; rotary(its rotary embedding,
+    positions [B, S], layer kind): cos and sin [B, S, R], R the part of a head that is rotated;
+    decoder(model): the part that `lm_head` follows; logits(decoder's config, what `lm_head` returns); limit:
+    what its max_position_embeddings are, in words; features(model, pixel_values [N, 3, H, W]): what stands
+    for N pictures in a prompt, [N, T, hidden]; None where it takes no pictures.
     """
 
     architecture: str
@@ -87,7 +90,7 @@ class Family:
     refuse: Callable[[Any], str | None]
     spec: Callable[[Any], ModelSpec]
     build: Callable[[Any], Any]
-    patches: Callable[[Any, str, str], tuple[Patch, ...]]
+    patches: Callable[..., tuple[Patch, ...]]
     masks: Callable[[Any, Masks], Any] = by_kind
     rotary: Callable[[Any, Tensor, str], tuple[Tensor, Tensor]] = positional
     decoder: Callable[[Any], Any] = text_decoder
@@ -135,8 +138,9 @@ def decoder_family(
     model: Any,
     *,
     norm: type,
-    fused: tuple[Patch, ...],
+    attention: Patch,
     kinds: Kinds,
+    mlp: type | None = None,
     shifted: bool = False,
     refuse: Callable[[Any], str | None] = lambda config: None,
     ropes: Callable[[Any], Mapping[str, Any]] = lambda config: {"": config.rope_parameters},
@@ -146,10 +150,11 @@ def decoder_family(
 ) -> Family:
     """The family of a causal language model of transformers.
 
-    model: its class; norm: the class of its norms, shifted: which scale by 1 + weight; fused: what is changed
-    for the onnxruntime target besides; kinds: one of `layer_types`, `full_layers`, `windowed_layers`; refuse:
-    what is refused by name besides what every decoder is refused for; ropes(config): RoPE parameters by layer
-    kind, of rope_types; traced(config): what is changed for both targets; fields: others of `Family`.
+    model: its class; norm: the class of its norms, shifted: which scale by 1 + weight; attention: how it is
+    changed for a target with ops of its own; mlp: the class with a product for gate and one for up, if any;
+    kinds: one of `layer_types`, `full_layers`, `windowed_layers`; refuse: what is refused by name besides
+    what every decoder is refused for; ropes(config): RoPE parameters by layer kind, of rope_types;
+    traced(config): what is changed for both targets; fields: others of `Family`.
     """
     name = model.__name__
     values: dict[str, Any] = {
@@ -160,9 +165,13 @@ def decoder_family(
         "masks": by_kind if kinds is layer_types else only_mask,
     }
 
-    def patches(config: Any, target: str, precision: str) -> tuple[Patch, ...]:
-        normed = rms_norm(norm, shifted) if target == "portable" else rms_normalization(norm, shifted)
-        for_target = (normed,) if target == "portable" else (normed, *fused)
+    def patches(
+        config: Any, target: Target, precision: Precision, split_mlp: bool = False
+    ) -> tuple[Patch, ...]:
+        for_target: tuple[Patch, ...] = (rms_norm(norm, shifted),)
+        if TARGETS[target].own_ops:
+            for_target = rms_normalization(norm, shifted), attention
+            for_target += (fused_mlp(mlp),) if mlp and not split_mlp else ()
         return *traced(config), *for_target, *weight_patches(config.tie_word_embeddings, precision)
 
     return Family(
@@ -175,7 +184,7 @@ def decoder_family(
     )
 
 
-def weight_patches(tied: bool, precision: str) -> tuple[Patch, ...]:
+def weight_patches(tied: bool, precision: Precision) -> tuple[Patch, ...]:
     """How matrices are read in a precision, and how the embedding shares the head's where they are tied."""
     if precision == "fp16":
         return half_linear(nn.Linear), half_embedding(nn.Embedding, tied)

@@ -9,7 +9,6 @@ from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from stillgraph.exporter.families import decoder_family, layer_types, softcapped
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 
 def refuse(config: Any) -> str | None:
@@ -21,10 +20,8 @@ FAMILY = decoder_family(
     Gemma2ForCausalLM,
     norm=gemma2.Gemma2RMSNorm,
     shifted=True,
-    fused=(
-        fused_attention(gemma2.Gemma2Attention, softcap="attn_logit_softcapping"),
-        fused_mlp(gemma2.Gemma2MLP),
-    ),
+    attention=fused_attention(gemma2.Gemma2Attention, softcap="attn_logit_softcapping"),
+    mlp=gemma2.Gemma2MLP,
     kinds=layer_types,
     refuse=refuse,
     logits=softcapped,

@@ -10,7 +10,6 @@ from transformers.models.gemma3 import modeling_gemma3 as gemma3
 
 from stillgraph.exporter.families import decoder_family, layer_types, softcapped
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 
 def refuse(config: Any) -> str | None:
@@ -32,7 +31,8 @@ FAMILY = decoder_family(
     Gemma3ForCausalLM,
     norm=gemma3.Gemma3RMSNorm,
     shifted=True,
-    fused=(fused_attention(gemma3.Gemma3Attention, shifted=True), fused_mlp(gemma3.Gemma3MLP)),
+    attention=fused_attention(gemma3.Gemma3Attention, shifted=True),
+    mlp=gemma3.Gemma3MLP,
     kinds=layer_types,
     refuse=refuse,
     ropes=lambda config: {kind: config.rope_parameters[kind] for kind in config.layer_types},

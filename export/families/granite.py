@@ -10,7 +10,6 @@ from transformers.models.granite import modeling_granite as granite
 
 from stillgraph.exporter.families import decoder_family, full_layers
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 
 def scaled(config: Any, logits: Tensor) -> Tensor:
@@ -22,7 +21,8 @@ def scaled(config: Any, logits: Tensor) -> Tensor:
 FAMILY = decoder_family(
     GraniteForCausalLM,
     norm=granite.GraniteRMSNorm,
-    fused=(fused_attention(granite.GraniteAttention), fused_mlp(granite.GraniteMLP)),
+    attention=fused_attention(granite.GraniteAttention),
+    mlp=granite.GraniteMLP,
     kinds=full_layers,
     logits=scaled,
 )

@@ -7,11 +7,11 @@ from transformers.models.llama import modeling_llama as llama
 
 from stillgraph.exporter.families import decoder_family, full_layers
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 FAMILY = decoder_family(
     LlamaForCausalLM,
     norm=llama.LlamaRMSNorm,
-    fused=(fused_attention(llama.LlamaAttention), fused_mlp(llama.LlamaMLP)),
+    attention=fused_attention(llama.LlamaAttention),
+    mlp=llama.LlamaMLP,
     kinds=full_layers,
 )

@@ -7,11 +7,11 @@ from transformers.models.ministral import modeling_ministral as ministral
 
 from stillgraph.exporter.families import decoder_family, layer_types
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 FAMILY = decoder_family(
     MinistralForCausalLM,
     norm=ministral.MinistralRMSNorm,
-    fused=(fused_attention(ministral.MinistralAttention), fused_mlp(ministral.MinistralMLP)),
+    attention=fused_attention(ministral.MinistralAttention),
+    mlp=ministral.MinistralMLP,
     kinds=layer_types,
 )

@@ -10,7 +10,6 @@ from transformers.models.ministral3 import modeling_ministral3 as ministral3
 
 from stillgraph.exporter.families import decoder_family, windowed_layers
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 NEEDED = ("llama_4_scaling_beta", "original_max_position_embeddings")
 
@@ -31,10 +30,8 @@ def scale(attention: Any, positions: Tensor) -> Tensor:
 FAMILY = decoder_family(
     Ministral3ForCausalLM,
     norm=ministral3.Ministral3RMSNorm,
-    fused=(
-        fused_attention(ministral3.Ministral3Attention, scale=scale),
-        fused_mlp(ministral3.Ministral3MLP),
-    ),
+    attention=fused_attention(ministral3.Ministral3Attention, scale=scale),
+    mlp=ministral3.Ministral3MLP,
     kinds=windowed_layers,
     refuse=refuse,
 )

@@ -7,11 +7,11 @@ from transformers.models.mistral import modeling_mistral as mistral
 
 from stillgraph.exporter.families import decoder_family, windowed_layers
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 FAMILY = decoder_family(
     MistralForCausalLM,
     norm=mistral.MistralRMSNorm,
-    fused=(fused_attention(mistral.MistralAttention), fused_mlp(mistral.MistralMLP)),
+    attention=fused_attention(mistral.MistralAttention),
+    mlp=mistral.MistralMLP,
     kinds=windowed_layers,
 )

@@ -7,11 +7,11 @@ from transformers.models.olmo2 import modeling_olmo2 as olmo2
 
 from stillgraph.exporter.families import decoder_family, full_layers
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 FAMILY = decoder_family(
     Olmo2ForCausalLM,
     norm=olmo2.Olmo2RMSNorm,
-    fused=(fused_attention(olmo2.Olmo2Attention), fused_mlp(olmo2.Olmo2MLP)),
+    attention=fused_attention(olmo2.Olmo2Attention),
+    mlp=olmo2.Olmo2MLP,
     kinds=full_layers,
 )

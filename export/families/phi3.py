@@ -46,7 +46,7 @@ def ropes(config: Any) -> dict[str, Any]:
 FAMILY = decoder_family(
     Phi3ForCausalLM,
     norm=phi3.Phi3RMSNorm,
-    fused=(fused_attention(phi3.Phi3Attention),),
+    attention=fused_attention(phi3.Phi3Attention),
     kinds=windowed_layers,
     ropes=ropes,
     rope_types=("default", "longrope"),

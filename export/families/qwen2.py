@@ -7,11 +7,11 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from stillgraph.exporter.families import decoder_family, layer_types
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 FAMILY = decoder_family(
     Qwen2ForCausalLM,
     norm=qwen2.Qwen2RMSNorm,
-    fused=(fused_attention(qwen2.Qwen2Attention), fused_mlp(qwen2.Qwen2MLP)),
+    attention=fused_attention(qwen2.Qwen2Attention),
+    mlp=qwen2.Qwen2MLP,
     kinds=layer_types,
 )

@@ -7,11 +7,11 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from stillgraph.exporter.families import decoder_family, layer_types
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 FAMILY = decoder_family(
     Qwen3ForCausalLM,
     norm=qwen3.Qwen3RMSNorm,
-    fused=(fused_attention(qwen3.Qwen3Attention), fused_mlp(qwen3.Qwen3MLP)),
+    attention=fused_attention(qwen3.Qwen3Attention),
+    mlp=qwen3.Qwen3MLP,
     kinds=layer_types,
 )

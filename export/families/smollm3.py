@@ -7,11 +7,11 @@ from transformers.models.smollm3 import modeling_smollm3 as smollm3
 
 from stillgraph.exporter.families import decoder_family, layer_types
 from stillgraph.patches.fused_attention import fused_attention
-from stillgraph.patches.fused_mlp import fused_mlp
 
 FAMILY = decoder_family(
     SmolLM3ForCausalLM,
     norm=smollm3.SmolLM3RMSNorm,
-    fused=(fused_attention(smollm3.SmolLM3Attention, rotates="use_rope"), fused_mlp(smollm3.SmolLM3MLP)),
+    attention=fused_attention(smollm3.SmolLM3Attention, rotates="use_rope"),
+    mlp=smollm3.SmolLM3MLP,
     kinds=layer_types,
 )

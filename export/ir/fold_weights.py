@@ -157,8 +157,8 @@ def joined(names: tuple[str, ...]) -> str:
 def take_out(model: ir.Model, names: Iterable[str]) -> list[Recipe]:
     """Replace weights, and what is computed from weights alone, by graph inputs; return their recipes.
 
-    names: the initializers that are weights. Inputs are named by `Recipe.name`; `weights.attach` turns them
-    back into initializers that point into the weights file.
+    names: the initializers that are weights. Inputs are named by `Recipe.name`; `weights.save_graph` makes
+    them initializers again, which point into the weights file.
     """
     graph = model.graph
     recipes: dict[str, tuple[Recipe, ir.Value]] = {}

@@ -52,7 +52,7 @@ class StoragePlan:
         tower = shape.role == "vision"
         return cls(target, "int8" if tower else precision, quantization, shape.int8_activations, tied, tower)
 
-    def apart(self, shape: GraphShape) -> bool:
+    def splits_mlp(self, shape: GraphShape) -> bool:
         """Whether gate and up are to be two products: one for both would only be split again.
 
         A fast graph quantizes an input once for all its products. What is kept in fp32 stays one matrix,

@@ -18,7 +18,6 @@ from stillgraph.exporter.targets import TARGETS
 from stillgraph.exporter.trace.attention import portable_attention
 from stillgraph.exporter.trace.graphs import GRAPHS
 from stillgraph.manifest import Precision, Target
-from stillgraph.patches import fused_mlp
 from stillgraph.patches.half_weights import half_linear
 from stillgraph.patches.patch import Patch, applied
 from stillgraph.ports import NEW, PAST, Port, input_ports, output_ports
@@ -30,16 +29,16 @@ EXAMPLE_LENGTHS = {NEW: 3, PAST: 5}  # torch.export would take 0 and 1 for const
 
 
 def convert(
-    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, apart: bool = False
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, split_mlp: bool = False
 ) -> ir.Model:
     """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
 
-    apart: gate and up are two products. The weights' contents are not those of the checkpoint: the model is
-    traced over untouched memory.
+    split_mlp: gate and up are two products. The weights' contents are not those of the checkpoint: the model
+    is traced over untouched memory.
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
-    patches = _patches(checkpoint, shape, target, precision, apart)
+    patches = _patches(checkpoint, shape, target, precision, split_mlp)
     with registered_attention(), applied(patches), quiet():
         model = checkpoint.build(ATTENTION)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
@@ -79,13 +78,12 @@ def lengths(inputs: Sequence[Port]) -> tuple[object, ...]:
 
 
 def _patches(
-    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, apart: bool
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, split_mlp: bool
 ) -> tuple[Patch, ...]:
     """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most."""
     if shape.role == "vision":
         return (half_linear(torch.nn.Linear),) if precision == "fp16" else ()
-    patches = checkpoint.family.patches(checkpoint.config, target, precision)
-    return tuple(patch for patch in patches if not (apart and patch.replacement is fused_mlp.forward))
+    return checkpoint.family.patches(checkpoint.config, target, precision, split_mlp=split_mlp)
 
 
 def _name_weights(model: ir.Model, names: dict[str, str]) -> None:

@@ -133,8 +133,7 @@ def _write_graph(case: Case, quantized: Quantized, folder: Path) -> None:
         stored = weights.write(
             folder, list(builder.parts.values()), lambda name: torch.zeros(case.entries, case.columns)
         )
-    weights.attach(model, stored)
-    ir.save(model, folder / "graph.onnx")
+    weights.save_graph(model, stored, folder / "graph.onnx")
 
 
 def given(case: Case, levels: np.ndarray | None = None) -> Quantized:

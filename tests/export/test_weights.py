@@ -40,19 +40,23 @@ def product() -> ir.Model:
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]))
 
 
-def test_attach_and_detach_are_each_other_reversed(tmp_path: Path) -> None:
+def test_a_graph_points_into_the_weights_file_and_is_read_without_it(tmp_path: Path) -> None:
     model = product()
     recipes = take_out(model, ["w", "v"])
+    names = {"x", *(recipe.name for recipe in recipes)}
     stored = weights.write(tmp_path, recipes, tensor)
-    weights.attach(model, stored)
-    assert {value.name for value in model.graph.inputs} == {"x"}
-    ir.save(model, tmp_path / "graph.onnx")
-    loaded = ir.load(tmp_path / "graph.onnx").graph.initializers["w.transpose"].const_value
+    weights.save_graph(model, stored, tmp_path / "graph.onnx")
+    assert {value.name for value in model.graph.inputs} == names, "the model stays as it is"
+    written = ir.load(tmp_path / "graph.onnx").graph
+    assert {value.name for value in written.inputs} == {"x"}
+    loaded = written.initializers["w.transpose"].const_value
     assert loaded is not None
     np.testing.assert_array_equal(loaded.numpy(), SOURCE.numpy().T)
-    weights.detach(model)
-    assert {value.name for value in model.graph.inputs} == {"x", *(recipe.name for recipe in recipes)}
-    assert set(model.graph.initializers) == {"one"}
+    del loaded, written
+    (tmp_path / "weights.data").unlink()
+    again = weights.load_graph(tmp_path / "graph.onnx")
+    assert {value.name for value in again.graph.inputs} == names
+    assert set(again.graph.initializers) == {"one"}
 
 
 def recipes_of(*names: str) -> list[Recipe]:

@@ -84,8 +84,7 @@ def lowered(case: Case, how: StoragePlan, folder: Path) -> tuple[Path, Weights]:
     model, recipes = case.model()
     recipes = lower(model, recipes, how)
     stored = weights.write(folder, recipes, case.tensor)
-    weights.attach(model, stored)
-    ir.save(model, folder / "graph.onnx")
+    weights.save_graph(model, stored, folder / "graph.onnx")
     return folder / "graph.onnx", stored
 
 

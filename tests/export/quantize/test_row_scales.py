@@ -54,8 +54,7 @@ def graph(
     )
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     recipes = lower(model, list[Weight](take_out(model, NAMES)), FAST)
-    weights.attach(model, weights.write(folder, recipes, tensor))
-    ir.save(model, folder / "graph.onnx")
+    weights.save_graph(model, weights.write(folder, recipes, tensor), folder / "graph.onnx")
     return folder / "graph.onnx"
 
 

@@ -124,7 +124,7 @@ def test_gate_and_up_are_apart_where_they_are_quantized_for_both(
     plain = prefill.model_copy(update={"int8_activations": False})
     decode = GraphShape(role="decode", max_len=1, ctx=40, slack=15)
     for shape, expected in ((prefill, apart), (plain, False), (decode, False)):
-        assert StoragePlan.of("onnxruntime", "int4", how, shape, None).apart(shape) is expected
+        assert StoragePlan.of("onnxruntime", "int4", how, shape, None).splits_mlp(shape) is expected
 
 
 def test_validation_passes_and_walks_to_the_last_slot(five: Path) -> None:
