@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import rename_source_key
+from transformers.utils import logging
 
-from stillgraph.errors import StillgraphError
+from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exporter.checkpoint_folder import NO_CONFIG, STAGE, folder_of, read_json
 from stillgraph.exporter.families import Family, families
+from stillgraph.exporter.tensor_files import StoredTensor, find_tensors, parameter_names
 from stillgraph.spec import ModelSpec
 
 HEAD = "lm_head.weight"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
 CARRIED = (
     "config.json",
     "tokenizer.json",
@@ -42,10 +39,7 @@ class Checkpoint:
     folder: Path
     family: Family
     config: Any
-    files: dict[str, Path]  # tensor name, as the model has it, to the safetensors file that holds it
-    stored: dict[str, str] = field(
-        default_factory=dict
-    )  # that name to the one in the file, where they differ
+    tensors: dict[str, StoredTensor]  # by the name that the model has for it
     tied: str | None = None  # the tensor that is embedding and head in one
 
     @cached_property
@@ -54,9 +48,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, mapped from its file, in the checkpoint's dtype."""
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.stored.get(name, name))
-            return tensor
+        return self.tensors[name].read()
 
     def build(self, attention: str) -> torch.nn.Module:
         """The model with memory reserved and untouched in place of weights, so tracing costs no memory."""
@@ -71,20 +63,58 @@ class Checkpoint:
         return built
 
     def load(self) -> torch.nn.Module:
-        """The reference: the original model in fp32 with eager attention."""
-        model = self.build("eager")
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.tensor(name))
-        return model
+        """The reference: what transformers by itself makes of the folder, in fp32 with eager attention.
+
+        No code of the export takes part. Raises CheckFailed where transformers made up a tensor, and where
+        one that the export reads is another than transformers has.
+        """
+        with quiet_loading():
+            model, told = self.family.build.from_pretrained(
+                self.folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        made_up = sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
+        if made_up:
+            problem = f"{self.id}: transformers finds no tensor {made_up[0]}"
+            raise CheckFailed(STAGE, problem, "please report this bug")
+        reference: torch.nn.Module = model.eval().requires_grad_(False)
+        self._check_reading(reference)
+        return reference
+
+    def _check_reading(self, reference: torch.nn.Module) -> None:
+        """Compare every tensor that the export reads with transformers', number by number."""
+        expected = dict(reference.named_parameters(remove_duplicate=False))
+        for name in self.tensors:
+            found = self.tensor(name).to(torch.float32)
+            if name not in expected or not torch.equal(found, expected[name]):
+                problem = f"{self.id}: tensor {name} is read otherwise than by transformers"
+                raise CheckFailed(STAGE, problem, "please report this bug")
 
     @cached_property
     def sha256(self) -> str:
         """Hash of config and weights: what makes two exports exports of one checkpoint."""
         total = hashlib.sha256()
-        for path in [self.folder / "config.json", *sorted(set(self.files.values()))]:
+        for path in [self.folder / "config.json", *sorted({tensor.path for tensor in self.tensors.values()})]:
             with path.open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         return total.hexdigest()
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bar and report: what matters of it is an error here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -110,38 +140,31 @@ def open_checkpoint(model: str) -> Checkpoint:
         )
     with _valid_config(model):
         config = family.config(raw)
+        config._attn_implementation = "eager"  # whatever it asks for is no part of the model
+    if (how := raw.get("quantization_config")) is not None:  # of a composite config too
+        method = how.get("quant_method") if isinstance(how, dict) else how
+        problem = f"{model}: a quantized checkpoint (quantization_config, {method}) is not supported"
+        raise StillgraphError(STAGE, problem, "export the original checkpoint")
     if reason := family.refuse(config):
         raise StillgraphError(STAGE, f"{model}: {reason} is not supported", "export another checkpoint")
+    built = _on_meta(model, family, config)
+    tensors = find_tensors(built, folder)
+    tied = next((name for other, name in parameter_names(built).items() if other == HEAD != name), None)
+    if tied and HEAD in tensors and not torch.equal(tensors[HEAD].read(), tensors[tied].read()):
+        # As transformers has it: a head of its own in the file is the head, whatever the config says.
+        tied = None
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        built = _on_meta(model, family, config)
+    parameters = dict(built.named_parameters())
+    tensors = {name: tensor for name, tensor in tensors.items() if name in parameters}
+    return Checkpoint(model, folder, family, config, tensors, tied)
+
+
+def _on_meta(model: str, family: Family, config: Any) -> Any:
+    """The model without memory for its weights."""
     with torch.device("meta"), _valid_config(model):
-        built = family.build(config)
-    found = dict(_tensor_files(folder))
-    names = model_names(built, found)
-    checkpoint = Checkpoint(
-        model,
-        folder,
-        family,
-        config,
-        files={name: found[stored] for name, stored in names.items()},
-        stored={name: stored for name, stored in names.items() if name != stored},
-        tied=next((name for other, name in parameter_names(built).items() if other == HEAD != name), None),
-    )
-    _check_tensors(checkpoint, built)
-    return checkpoint
-
-
-def parameter_names(model: torch.nn.Module) -> dict[str, str]:
-    """Each name of a parameter, and the one that the checkpoint has it by: tied ones have several."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def model_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """The model's name of each tensor of a checkpoint to its name there.
-
-    Checkpoints keep the names that they were published with; transformers knows what has become of them.
-    """
-    renamings = get_model_conversion_mapping(model)
-    return {rename_source_key(name, renamings, [])[0]: name for name in stored}
+        return family.build(config)
 
 
 @contextlib.contextmanager
@@ -152,44 +175,3 @@ def _valid_config(model: str) -> Iterator[None]:
     except Exception as error:
         problem = f"{model}: config.json is not valid: {' '.join(str(error).split())}"
         raise StillgraphError(STAGE, problem, "fix config.json") from error
-
-
-def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    paths = [folder / WEIGHTS]
-    if not paths[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
-        index = read_json(folder / WEIGHTS_INDEX, "download the file again").get("weight_map")
-        if not isinstance(index, dict):
-            problem = f"{folder / WEIGHTS_INDEX} has no weight_map"
-            raise StillgraphError(STAGE, problem, "download the file again")
-        paths = [folder / name for name in sorted(set(index.values()))]
-    for path in paths:
-        if not path.is_file():
-            raise StillgraphError(STAGE, f"{path} is missing", "download the checkpoint's safetensors files")
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            problem = f"{path} is damaged or cut short ({error})"
-            raise StillgraphError(STAGE, problem, "download the file again") from error
-        yield from ((name, path) for name in names)
-
-
-def _check_tensors(checkpoint: Checkpoint, model: Any) -> None:
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(expected)
-    remedy = "export a checkpoint that fits its config.json"
-    for what, names in (("lacks", set(expected) - set(checkpoint.files)),
-                        ("has unknown", set(checkpoint.files) - set(expected) - tied)):  # fmt: skip
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise StillgraphError(
-                STAGE, f"{checkpoint.id}: the checkpoint {what} tensor {min(names)}{more}", remedy
-            )
-    for name, shape in expected.items():
-        with safe_open(checkpoint.files[name], framework="pt") as file:
-            found = tuple(file.get_slice(checkpoint.stored.get(name, name)).get_shape())
-        if found != shape:
-            problem = (
-                f"{checkpoint.id}: tensor {name} has shape {list(found)} where config.json says {list(shape)}"
-            )
-            raise StillgraphError(STAGE, problem, remedy)

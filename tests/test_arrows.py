@@ -24,7 +24,7 @@ DESCRIBED = {f"stillgraph.{name}" for name in ("chat_template", "tokenizer", "vi
 # The rooms of export/ from the ground up, and files beside them. Each imports only from lines above its own.
 ROOMS = (
     "__init__ checkpoint_folder demo ort precisions staging targets",
-    "config families",
+    "config families tensor_files",
     "checkpoint console ir",
     "bench quantize trace weights",
     "compile",

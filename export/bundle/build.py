@@ -113,7 +113,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
         config.precision,
         split_mlp=plan is not None and plan.splits_mlp(shape),
     )
-    recipes: list[Weight] = [*take_out(model, list(checkpoint.files))]
+    recipes: list[Weight] = [*take_out(model, list(checkpoint.tensors))]
     before = model.clone()
     say(f"simplifying {shape.name}")
     after, steps = simplify(model, shape.grows)

@@ -75,7 +75,7 @@ class Family:
 
     architecture: its class name; model_type: the `model_type` of its config; config(raw): the config object
     of a raw config.json; refuse(config): why such a checkpoint cannot be exported, or None; spec(config): the
-    model's shape; build(config): the model, weights not initialized; patches(config, target, precision,
+    model's shape; build: its class in transformers; patches(config, target, precision,
     split_mlp=False): what is changed while it is traced, split_mlp: gate and up stay two products;
     masks(config, masks by layer kind): what its decoder takes as attention_mask; rotary(its rotary embedding,
     positions [B, S], layer kind): cos and sin [B, S, R], R the part of a head that is rotated;
@@ -89,7 +89,7 @@ class Family:
     config: Callable[[dict[str, Any]], Any]
     refuse: Callable[[Any], str | None]
     spec: Callable[[Any], ModelSpec]
-    build: Callable[[Any], Any]
+    build: Any
     patches: Callable[..., tuple[Patch, ...]]
     masks: Callable[[Any, Masks], Any] = by_kind
     rotary: Callable[[Any, Tensor, str], tuple[Tensor, Tensor]] = positional

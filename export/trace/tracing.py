@@ -12,9 +12,10 @@ import onnx_ir as ir
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stillgraph.exporter.checkpoint import Checkpoint, parameter_names
+from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.ir.node_names import name_by_module
 from stillgraph.exporter.targets import TARGETS
+from stillgraph.exporter.tensor_files import parameter_names
 from stillgraph.exporter.trace.attention import portable_attention
 from stillgraph.exporter.trace.graphs import GRAPHS
 from stillgraph.manifest import Precision, Target

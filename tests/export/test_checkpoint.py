@@ -50,13 +50,15 @@ def test_a_good_one(own: Path) -> None:
         ("full_attention", None),
     ]
     tensors = load_file(own / WEIGHTS)
-    assert set(checkpoint.files) == set(tensors)
+    assert set(checkpoint.tensors) == set(tensors)
     assert torch.equal(checkpoint.tensor(HEAD), tensors[HEAD])
 
 
 def test_a_tied_head_may_be_stored_all_the_same(own: Path) -> None:
     edit_tensors(own, lambda tensors: tensors.update({"lm_head.weight": tensors[HEAD].clone()}))
-    assert "lm_head.weight" in open_checkpoint(str(own)).files
+    checkpoint = open_checkpoint(str(own))
+    assert checkpoint.tied == HEAD
+    assert "lm_head.weight" not in checkpoint.tensors
 
 
 def test_weights_in_several_files(own: Path) -> None:
