@@ -57,7 +57,8 @@ class SamplingDefaults(Frozen):
     """How the model's makers choose tokens, from generation_config.json; None where that says nothing.
 
     do_sample: whether tokens are drawn; else the most likely one is taken, and only the repetition_penalty
-    has an effect. The others are applied in the order of these keys, the penalty first.
+    has an effect. That is applied first, to every token of the prompt and after it; then the others, in the
+    order of these keys. What a driver does by default is its own choice: ours takes the most likely token.
     """
 
     do_sample: bool = False

@@ -55,8 +55,8 @@ def load(
     providers: of ONNX Runtime, by name or as (name, options), the preferred one first; by default the CPU's.
     What a bundle's validation proves, it proves on the CPU. With any other provider keys and values still
     come from and go to the CPU's memory at each step, in buffers of their own for either, since nothing shows
-    that such a provider may write where it reads; bundles of the onnxruntime target, whose ops must, are
-    refused, and a compiled folder is left alone.
+    that such a provider may write where it reads; bundles of the onnxruntime target, whose ops are the CPU's,
+    are refused, and a compiled folder is left alone.
     session_options: of every graph's session, over those that this runtime sets: config entries such as
     {"session.intra_op.allow_spinning": "0"}, and attributes of ONNX Runtime's SessionOptions such as
     {"intra_op_num_threads": 2}. Those that exact sums and mapped weights depend on are refused. A compiled

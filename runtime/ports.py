@@ -119,7 +119,7 @@ def input_ports(spec: ModelSpec, shape: GraphShape) -> tuple[Port, ...]:
     if shape.ctx is not None:
         meaning = "tokens already in the cache"
         ports.append(Port(name="past_length", role="past_length", dtype="int64", shape=rows, meaning=meaning))
-        when = "before the call; slots from past_length on are not read"
+        when = "before the call; slots that hold no token are not read"
         ports += _cache_ports(spec, shape, past_names, when)
     return tuple(ports)
 

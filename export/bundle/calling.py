@@ -29,12 +29,17 @@ STATIC = {
     " buffer, else they must not. What lies behind the last valid token is not read and need not be cleared.",
     "next": "Give each chosen token to the decode graph, with past_length the number of tokens fed before it."
     " past_length + 1 must not be over ctx.",
+    "graphs": "Of two graphs of one role either serves: they take the same inputs, and the one whose"
+    " shape has int8_activations is faster on most CPUs.",
+    "session": "Where weights are quantized, ONNX Runtime's session option mlas.disable_kleidiai is to be 1"
+    " on Arm, whose kernels else round sums.",
 }
 CONTINUES = (
     "Cut the prompt into pieces of calling.prompt.chunk tokens, the last maybe shorter, and call the prefill"
     " graph once for each, in order: token_ids is the piece, filled up on the right with the pad token,"
     " valid_length its length, past_length the number of tokens of all pieces before it. The logits of the"
-    " last call choose the first new token."
+    " last call choose the first new token. A prompt has at most ctx tokens; what fills up the last piece may"
+    " reach past that."
 )
 ONCE = (
     "Call the prefill graph once: token_ids is the prompt, filled up on the right with the pad token,"
