@@ -145,7 +145,9 @@ def open_checkpoint(model: str) -> Checkpoint:
         method = how.get("quant_method") if isinstance(how, dict) else how
         problem = f"{model}: a quantized checkpoint (quantization_config, {method}) is not supported"
         raise StillgraphError(STAGE, problem, "export the original checkpoint")
-    if reason := family.refuse(config):
+    with _valid_config(model):
+        reason = family.refuse(config)
+    if reason:
         raise StillgraphError(STAGE, f"{model}: {reason} is not supported", "export another checkpoint")
     built = _on_meta(model, family, config)
     tensors = find_tensors(built, folder)

@@ -20,9 +20,9 @@ class Tokens(Frozen):
 
     tokenizer_adds_bos: whether tokenizer.json puts it before a plain prompt that is encoded with special
     tokens. template_adds_bos: whether a chat that the chat template rendered begins with it, so that it is
-    encoded without special tokens; None where there is no template. pad: fills ids behind the valid ones; no
-    result depends on it. stop: each ends a text. stop_is_given_out: whether the one that did is the last of
-    the tokens given out; it is no part of the text.
+    encoded without special tokens; None where there is no template, or it refuses a chat of one message. pad:
+    fills ids behind the valid ones; no result depends on it. stop: each ends a text. stop_is_given_out:
+    whether the one that did is the last of the tokens given out; it is no part of the text.
     """
 
     bos: NonNegativeInt | None

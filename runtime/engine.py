@@ -32,7 +32,7 @@ class Engine:
     """A loaded bundle; `with` closes it. It serves one request at a time: a new one ends the one before.
 
     A request that comes while another thread is inside a step of one is refused, and so is all use after
-    `close`: each with a StillgraphError.
+    `close`: each with a StillgraphError. A stream that was refused a step has ended.
     """
 
     def __init__(
@@ -154,8 +154,12 @@ class Engine:
         return self.prompts.decode(ids)
 
     def reset(self) -> None:
-        """Forget the cache and the pictures, so that the next request computes its whole prompt."""
+        """Forget the cache and the pictures, so that the next request computes its whole prompt.
+
+        A stream that was not read to its end has then ended, as after another request.
+        """
         with self._at_work():
+            self._request += 1
             self.graphs.reset()
             if self.vision is not None:
                 self.vision.reset()
@@ -186,6 +190,11 @@ class Engine:
             problem = f"{len(prompts)} prompts for graphs of {self.graphs.rows} rows"
             raise StillgraphError(
                 "read prompt", problem, "give fewer, or export the bundle with a larger --batch"
+            )
+        if images and len(images) != len(prompts):
+            problem = f"images has {len(images)} lists for {len(prompts)} prompts"
+            raise StillgraphError(
+                "read prompt", problem, "give one list for each prompt, empty where it has none"
             )
         with self._at_work():
             rows = []

@@ -39,6 +39,7 @@ def _inside(path: str) -> str:
     return path
 
 
+Version = Annotated[str, StringConstraints(pattern=r"^\d+\.\d+(\.\d+)?$")]
 RelativePath = Annotated[str, AfterValidator(_inside)]
 
 
@@ -76,7 +77,7 @@ class Ops(Frozen):
 
     opsets: dict[str, PositiveInt] = Field(default_factory=dict)
     custom: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    onnxruntime: str | None = None
+    onnxruntime: Version | None = None
 
 
 class GraphEntry(Frozen):
@@ -176,7 +177,7 @@ class Requires(Frozen):
     onnxruntime: the least version of ONNX Runtime that runs every graph."""
 
     cpu: tuple[str, ...] = ()
-    onnxruntime: str | None = None
+    onnxruntime: Version | None = None
 
 
 class Manifest(Frozen):
@@ -203,6 +204,8 @@ class Manifest(Frozen):
                 self.model, graph.shape
             ):
                 raise ValueError(f"inputs or outputs of graph {name} do not fit the model it is for")
+            if sorted((alias.output, alias.input) for alias in graph.aliases) != _pairs(graph):
+                raise ValueError(f"aliases of graph {name} are not its keys and values")
         return self
 
     def graph(self, role: str) -> GraphEntry | None:
@@ -218,6 +221,13 @@ class Manifest(Frozen):
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
+
+
+def _pairs(graph: GraphEntry) -> list[tuple[str, str]]:
+    """(output, input) of each key and value that a graph takes and gives, sorted."""
+    cached = [port for port in graph.inputs if port.role in ("key", "value")]
+    given = {f"{port.role} {port.layer}": port.name for port in graph.outputs}
+    return sorted((given[f"{port.role} {port.layer}"], port.name) for port in cached)
 
 
 def read(bundle: Path) -> Manifest:
@@ -253,9 +263,9 @@ def _other_version(path: Path, raw: Any, version: object) -> StillgraphError:
         return StillgraphError("load bundle", problem, "export the bundle again")
     if version > FORMAT_VERSION:
         return StillgraphError("load bundle", problem, "upgrade with 'pip install --upgrade stillgraph'")
-    return StillgraphError(
-        "load bundle", problem, f"make it anew with '{remaking_command(raw, path.parent)}'"
-    )
+    # In backticks, since a path with a space has quotes of its own.
+    again = f"make it anew with `{remaking_command(raw, path.parent)}`"
+    return StillgraphError("load bundle", problem, again)
 
 
 def check_files(bundle: Path, manifest: Manifest, hashes: bool = False) -> None:

@@ -39,10 +39,11 @@ def images_of(messages: Sequence[Message], images: Sequence[ImageSource], mark: 
     others = iter(images)
     found: list[ImageSource] = []
     for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            found += islice(others, content.count(mark))
-        for part in _pictures(message):
+        content = message.get("content") or ()
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                found += islice(others, part["text"].count(mark))
+                continue
             own = part.get("image", part.get("path"))
             found += islice(others, 1) if own is None else [own]
     return [*found, *others]

@@ -192,11 +192,11 @@ def _softmax(scores: Array) -> Array:
 
 def is_count(value: object, least: int) -> bool:
     """Whether a value is a whole number of at least `least`."""
-    return isinstance(value, numbers.Integral) and int(value) >= least
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _check(name: str, value: float, ok: Callable[[float], bool], allowed: str) -> None:
-    if not (isinstance(value, numbers.Real) and ok(float(value))):
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) and ok(float(value))):
         _refuse(name, value, allowed)
 
 

@@ -116,13 +116,21 @@ def _checked(providers: Sequence[Provider]) -> tuple[Provider, ...]:
     """Raises StillgraphError for none, and for a provider that this ONNX Runtime does not have."""
     there = ort.get_available_providers()
     remedy = f"give a list of {' or '.join(there)}"
-    if isinstance(providers, str) or not providers:
+    if not isinstance(providers, list | tuple) or not providers:
         raise StillgraphError(STAGE, f"providers is {providers!r}", remedy)
     for provider in providers:
+        if not (isinstance(provider, str) or _with_options(provider)):
+            problem = f"providers has {provider!r}"
+            raise StillgraphError(STAGE, problem, "give a name, or a pair of a name and a dict of options")
         if _name(provider) not in there:
             problem = f"{_name(provider)} is no provider of this onnxruntime {ort.__version__}"
             raise StillgraphError(STAGE, problem, remedy)
     return tuple(providers)
+
+
+def _with_options(provider: object) -> bool:
+    pair = provider if isinstance(provider, list | tuple) else ()
+    return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping)
 
 
 def _name(provider: Provider) -> str:

@@ -116,7 +116,7 @@ def tokens(checkpoint: Checkpoint) -> Tokens:
 def bos_added(folder: Path, bos: int | None) -> tuple[bool, bool | None]:
     """Whether tokenizer and chat template begin a text with the begin token, by letting both do so.
 
-    None for a template that is not there or refuses the shortest chat. Raises StillgraphError where the
+    None for a template that is not there, or that refuses the shortest chat. Raises StillgraphError where the
     tokenizer cannot be read.
     """
     if not (folder / "tokenizer.json").is_file():

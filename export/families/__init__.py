@@ -230,6 +230,10 @@ def refuse_parts(config: Any, texts: Container[str], tower: str) -> str | None:
 
 def refuse_decoder(config: Any, architecture: str, kinds: Kinds) -> str | None:
     """The first thing that is wrong with any decoder's layers, heads or weights, or None."""
+    if getattr(config, "is_heterogeneous", False):
+        return "per_layer_config"
+    if getattr(config, "is_causal", True) is False:  # transformers then masks nothing
+        return "is_causal false"
     if problem := refuse_layers(kinds(config), config):
         return problem
     if kinds is not layer_types:
@@ -238,7 +242,7 @@ def refuse_decoder(config: Any, architecture: str, kinds: Kinds) -> str | None:
             return f"layer_types of a {architecture}"
         if kinds is full_layers and getattr(config, "sliding_window", None):
             return f"sliding_window {config.sliding_window} of a {architecture}"
-    if config.num_attention_heads % config.num_key_value_heads:
+    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
         return f"{config.num_attention_heads} heads over {config.num_key_value_heads} key/value heads"
     if getattr(config, "quantization_config", None) is not None:
         return "a quantized checkpoint (quantization_config)"
@@ -250,6 +254,8 @@ def refuse_ropes(ropes: Mapping[str, Any], known: tuple[str, ...]) -> str | None
     """Why RoPE parameters cannot be exported, or None. ropes: by layer kind, or by "" for all layers."""
     for kind, rope in ropes.items():
         where = f"of its {kind} layers" if kind else "of its layers"
+        if "rope_type" not in rope:
+            return f"rope_parameters without a rope_type {where}"
         # The old key `type` is kept by transformers and not read: such a scaling would be lost.
         if (name := rope.get("type", rope["rope_type"])) not in known:
             return f"RoPE type {name!r} {where}"

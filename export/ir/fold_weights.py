@@ -42,7 +42,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a weight is made of and how it is stored, as `stillgraph.manifest.WeightTensor` says it."""
+    """What a weight is made of and how it is stored, as `stillgraph.weight_tensor.WeightTensor` says it."""
 
     sources: tuple[str, ...]
     changes: tuple[WeightChange, ...]

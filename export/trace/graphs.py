@@ -133,8 +133,7 @@ def rotary_tables(
     """
     positions = torch.arange(shape.limit + (shape.slack or 0))[None]
     tables: dict[str, tuple[Tensor, Tensor]] = {}
-    for kind, layer in sorted(by_kind(spec).items()):
-        half = layer.head_dim // 2
+    for kind in sorted(by_kind(spec)):
         cos, sin = family.rotary(family.decoder(model).rotary_emb, positions, kind)
         half = cos.shape[-1] // 2
         tables[kind] = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

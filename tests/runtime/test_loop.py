@@ -261,6 +261,9 @@ def test_more_prompts_than_rows_are_refused(engine_of) -> None:
     engine, _ = engine_of(batch=2)
     with pytest.raises(StillgraphError, match="3 prompts for graphs of 2 rows"):
         engine.stream_batch([[1]] * 3)
+    for images in ([[]], [[], [], ["c"]]):
+        with pytest.raises(StillgraphError, match=f"images has {len(images)} lists for 2 prompts"):
+            engine.stream_batch([[1], [2]], images=images)
 
 
 def test_elapsed_leaves_loading_out(engine_of, monkeypatch) -> None:

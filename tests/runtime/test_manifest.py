@@ -51,6 +51,16 @@ def test_a_manifest_reads_as_it_was_written(bundle_of) -> None:
         (lambda raw: raw["graphs"]["decode"]["file"].update(path="/etc/passwd"), "leaves the bundle"),
         (lambda raw: raw["graphs"]["decode"]["inputs"][0].update(shape=[2, 1]), "do not fit the model"),
         (lambda raw: raw["model"]["layers"][0].update(window=3), "window 3"),
+        (lambda raw: raw["graphs"]["decode"].update(aliases=[]), "aliases of graph decode"),
+        (lambda raw: raw["graphs"]["decode"]["aliases"].pop(), "aliases of graph decode"),
+        (
+            lambda raw: raw["graphs"]["decode"]["aliases"][0].update(input="past_key_values.0.value"),
+            "aliases of",
+        ),
+        (
+            lambda raw: raw.update(requires={"onnxruntime": "new"}),
+            "requires.onnxruntime: String should match",
+        ),
         (lambda raw: raw["weights"]["file"].update(path="gone.data"), "gone.data is missing"),
         (lambda raw: raw["weights"]["file"].update(nbytes=5), "has 4 bytes where the manifest says 5"),
     ],

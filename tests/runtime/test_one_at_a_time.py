@@ -69,6 +69,17 @@ def test_a_stream_begun_before_anothers_step_is_refused_inside_it(engine_of, gre
     assert found == greedy([1, 2], 3, V)
 
 
+def test_a_stream_ends_where_the_cache_is_forgotten_under_it(engine_of, greedy) -> None:
+    """Its next step would be computed from nothing, and be wrong."""
+    engine, _ = engine_of(P, C)
+    stream = engine.stream([3, 1, 4], max_new_tokens=5)
+    assert [next(stream).token, next(stream).token] == greedy([3, 1, 4], 2, V)
+    engine.reset()
+    with pytest.raises(StillgraphError, match="another request"):
+        next(stream)
+    assert [step.token for step in engine.stream([3, 1, 4], max_new_tokens=5)] == greedy([3, 1, 4], 5, V)
+
+
 def test_an_error_in_a_step_does_not_keep_others_out(engine_of, greedy) -> None:
     engine, _ = engine_of(P, C)
     run = engine.graphs._prefill.run

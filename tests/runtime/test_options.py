@@ -14,6 +14,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("read options", {"max_new_tokens": 0}, "max_new_tokens is 0; give 1 or more"),
     ("read options", {"max_new_tokens": "5"}, "max_new_tokens is '5'; give 1"),
     ("read options", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+    ("read options", {"max_new_tokens": True}, "max_new_tokens is True"),
     ("read options", {"top_logprobs": -1}, "top_logprobs is -1; give 0 or more"),
     ("read options", {"top_logprobs": None}, "top_logprobs is None"),
     ("read options", {"stop_tokens": 5}, "stop_tokens is 5; give a list of token ids"),
@@ -26,6 +27,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 ]
 WRONG_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "hot"}, "temperature is 'hot'; give a temperature of 0 (greedy) or more"),
+    ({"temperature": True}, "temperature is True"),
     ({"temperature": None}, "temperature is None"),
     ({"temperature": float("nan")}, "temperature is nan"),
     ({"top_k": 2.5}, "top_k is 2.5; give a top_k of 1 or more"),

@@ -130,14 +130,15 @@ def test_pictures_are_marks_or_parts(tmp_path: Path, template: str, content: Any
 def test_a_part_may_have_its_picture_with_it(tmp_path: Path) -> None:
     """The others come from `images`, in the order of parts and marks."""
     eyes = Eyes()
-    parts = [{"type": "image"}, {"type": "image", "path": "b.png"}, {"type": "image", "image": b"c"}]
+    text = {"type": "text", "text": "see <image> here"}
+    parts = [{"type": "image"}, {"type": "image", "path": "b.png"}, text, {"type": "image", "image": b"c"}]
     messages = [
         {"role": "user", "content": "<image>"},
         {"role": "user", "content": parts},
         {"role": "user", "content": "<image>"},
     ]
-    prompts_of(tmp_path, vision=eyes).read(messages, ["0.png", "a.png", "d.png", "left.png"])
-    assert eyes.seen == ["0.png", "a.png", "b.png", b"c", "d.png", "left.png"]
+    prompts_of(tmp_path, vision=eyes).read(messages, ["0.png", "a.png", "e.png", "d.png", "left.png"])
+    assert eyes.seen == ["0.png", "a.png", "b.png", "e.png", b"c", "d.png", "left.png"]
 
 
 def test_a_model_of_text_refuses_a_part_that_is_a_picture(tmp_path: Path, refused: Any) -> None:

@@ -78,7 +78,7 @@ def test_an_old_bundle_is_told_the_command_that_makes_it_anew(
         f"format version {raw['format_version']} and this stillgraph understands {FORMAT_VERSION}"
         in error.problem
     )
-    command = error.remedy.removeprefix("make it anew with '").removesuffix("'")
+    command = error.remedy.removeprefix("make it anew with `").removesuffix("`")
     assert shlex.split(command) == [*words, "--out", str(bundle)]
     assert "\n" not in str(error)
 
