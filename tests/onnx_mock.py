@@ -92,17 +92,11 @@ def onnx_mock(shape: GraphShape, vocab: int, ballast_mb: int = 0) -> bytes:
 
     steps, constants = steps_of(shape, ballast_mb), constants_of(shape, vocab, ballast_mb)
     graph = helper.make_graph(
-        [
-            helper.make_node(op, inputs, [output], **attributes)
-            for op, inputs, output, attributes in steps_of(shape, ballast_mb)
-        ],
+        [helper.make_node(op, inputs, [output], **attributes) for op, inputs, output, attributes in steps],
         shape.name,
         ports(input_ports(spec(vocab), shape)),
         ports(output_ports(spec(vocab), shape)),
-        [
-            numpy_helper.from_array(array, name)
-            for name, array in constants_of(shape, vocab, ballast_mb).items()
-        ],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     return bytes(model.SerializeToString())
