@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from transformers import GenerationConfig
 
 from stillgraph.calling import Calling, ImagePreprocessing, PromptCalls, SamplingDefaults, Tokens
 from stillgraph.chat_template import read_template
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.checkpoint import Checkpoint
-from stillgraph.exporter.checkpoint_folder import STAGE, read_json
+from stillgraph.exporter.checkpoint import Checkpoint, quiet_loading
+from stillgraph.exporter.checkpoint_folder import NO_CONFIG, STAGE, read_json
 from stillgraph.spec import GraphShape, ModelSpec, marks_pictures
 from stillgraph.tokenizer import Text
 from stillgraph.vision.preprocessor import CONFIG, NESTED, Preprocessor
 
 GENERATION = "generation_config.json"
+log = logging.getLogger("stillgraph")
 PROBE = "a"  # a prompt, and what a user says in a chat
 STATIC = {
     "rows": "No row changes another. Every call feeds every row at least one token: a row with fewer pieces"
@@ -60,13 +63,16 @@ IMAGES = (
 STOP = "A token of calling.tokens.stop ends the text: it is given out as the last token and has no text."
 
 
-def calling(checkpoint: Checkpoint, shapes: Iterable[GraphShape]) -> Calling:
-    """How these graphs of a checkpoint are called. Raises StillgraphError for files that cannot be used."""
+def calling(checkpoint: Checkpoint, shapes: Iterable[GraphShape], folder: Path | None = None) -> Calling:
+    """How these graphs of a checkpoint are called. Raises StillgraphError for files that cannot be used.
+
+    folder: where the bundle's tokenizer is; the checkpoint's where it is not given.
+    """
     by_role = {shape.role: shape for shape in shapes}
     prefill = by_role.get("prefill") or by_role.get("dynamic")
     spec = checkpoint.spec
     return Calling(
-        tokens=tokens(checkpoint),
+        tokens=tokens(checkpoint, folder),
         prompt=_prompt(spec, prefill) if prefill else None,
         sampling=sampling(checkpoint.folder),
         images=images(checkpoint.folder) if spec.vision else None,
@@ -89,28 +95,64 @@ def _rules(spec: ModelSpec, prefill: GraphShape | None) -> dict[str, str]:
     return STATIC | rules
 
 
-def tokens(checkpoint: Checkpoint) -> Tokens:
-    """Special tokens: of generation_config.json where there is one, else of the config.
+def tokens(checkpoint: Checkpoint, folder: Path | None = None) -> Tokens:
+    """Special tokens: of generation_config.json, else as transformers reads the config, else the tokenizer's.
 
-    Raises StillgraphError where they are not numbers of tokens.
+    folder: where the tokenizer is. Raises StillgraphError where they are not numbers of tokens, and warns
+    where none ends a text. The pad token is any that is one: no result depends on it.
     """
+    folder, vocab = folder or checkpoint.folder, checkpoint.spec.vocab_size
     path = checkpoint.folder / GENERATION
     generation = read_json(path, "download the file again") if path.is_file() else {}
-
-    def get(name: str) -> object:
-        return generation.get(name, getattr(checkpoint.config, name, None))
-
-    stop, pad = get("eos_token_id"), get("pad_token_id")
-    stop = stop if isinstance(stop, list) else [stop] if stop is not None else []
-    values = {"bos": get("bos_token_id"), "pad": 0 if pad is None else pad, "stop": stop}
+    sources = [generation, _of_config(checkpoint), _of_tokenizer(folder)]
+    bos = next((given[0] for source in sources if (given := _listed(source, "bos"))), None)
+    stop = next((given for source in sources if (given := _listed(source, "eos"))), [])
+    pads = [*(pad for source in sources for pad in _listed(source, "pad")), *stop]
+    pad = next((pad for pad in pads if _is_token(pad, vocab)), 0)
+    values = {"bos": bos, "pad": pad, "stop": stop}
     try:
         made = Tokens.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{path}: special token {first['loc'][0]} is {first['input']!r}: {first['msg']}"
         raise StillgraphError(STAGE, problem, "give it the number of a token") from error
-    by_tokenizer, by_template = bos_added(checkpoint.folder, made.bos)
+    for name, token in (("bos", made.bos), *(("stop", token) for token in made.stop)):
+        if token is not None and token >= vocab:
+            problem = f"{path}: special token {name} is {token} and the vocabulary has {vocab}"
+            raise StillgraphError(STAGE, problem, "give it the number of a token")
+    if not made.stop:
+        log.warning("%s names no token that ends a text: it ends by --max-new-tokens or --stop.", path.parent)
+    by_tokenizer, by_template = bos_added(folder, made.bos)
     return made.model_copy(update={"tokenizer_adds_bos": by_tokenizer, "template_adds_bos": by_template})
+
+
+def _listed(source: dict[str, Any], name: str) -> list[Any]:
+    """What a source gives as one token, or as several: nothing where it is null or not there."""
+    given = source.get(f"{name}_token_id")
+    return [] if given is None else given if isinstance(given, list) else [given]
+
+
+def _is_token(value: object, vocab: int) -> bool:
+    return type(value) is int and 0 <= value < vocab
+
+
+def _of_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What transformers generates with where there is no generation_config.json.
+
+    Of config.json as it is written: a class's own defaults are another model's tokens.
+    """
+    with quiet_loading():
+        raw = read_json(checkpoint.folder / "config.json", NO_CONFIG)
+        made: dict[str, Any] = GenerationConfig.from_model_config(raw).to_dict()
+    return made
+
+
+def _of_tokenizer(folder: Path) -> dict[str, Any]:
+    """Ids of the tokens that the tokenizer's config names."""
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    text = Text(folder)
+    return {f"{name}_id": text.tokenizer.token_to_id(token) for name, token in text.special_tokens.items()}
 
 
 def bos_added(folder: Path, bos: int | None) -> tuple[bool, bool | None]:
