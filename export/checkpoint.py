@@ -20,15 +20,7 @@ from stillgraph.exporter.tensor_files import StoredTensor, find_tensors, paramet
 from stillgraph.spec import ModelSpec
 
 HEAD = "lm_head.weight"
-CARRIED = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+CARRIED = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)

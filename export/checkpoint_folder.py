@@ -11,6 +11,7 @@ from stillgraph.errors import StillgraphError
 STAGE = "read checkpoint"
 DEMO = Path(__file__).parent / "demo" / "demo_checkpoint"
 SHIPPED = {"demo": DEMO, "demo-vision": Path(__file__).parent / "demo" / "demo_vision_checkpoint"}
+NEEDED = ("*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt")  # files of a hub id
 NO_CONFIG = "name a folder with a Hugging Face checkpoint"
 
 
@@ -27,7 +28,7 @@ def folder_of(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+        return Path(snapshot_download(model, allow_patterns=list(NEEDED)))
     except Exception as error:  # the hub client raises dozens of kinds; each means the same to the user
         problem = f"{model}: no such folder, and the hub did not give it ({type(error).__name__})"
         raise StillgraphError(

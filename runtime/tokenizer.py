@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 
 from stillgraph.errors import StillgraphError
 
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 UNFINISHED = "\ufffd"  # what a decoder gives for bytes that are not (yet) a character
 CONTEXT = 6  # ids decoded again before new ones: a decoder may treat the start of a text in its own way
 
@@ -38,11 +37,12 @@ class Text:
         config = read_json(bundle / "tokenizer_config.json")
         if not config and bos is not None:
             config = {"bos_token": self.tokenizer.id_to_token(bos)}
-        named = {name: config.get(name) for name in SPECIAL}
-        self.special_tokens = {name: _content(token) for name, token in named.items() if token is not None}
+        self.special_tokens = special_tokens(config)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.tokenizer.add_special_tokens(sorted(set(self.special_tokens.values())))  # if they are missing
+        known = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        # Those only that are missing: adding one again would take away which spaces beside it are its own.
+        self.tokenizer.add_special_tokens(sorted(set(self.special_tokens.values()) - known))
         added = self.tokenizer.get_added_tokens_decoder()
         self.skipped = {key for key, token in added.items() if token.special}
         decoder = self.tokenizer.decoder
@@ -155,6 +155,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _content(token: Any) -> str:
-    """A special token's string: tokenizer_config.json has either it or an object around it."""
-    return str(token["content"]) if isinstance(token, dict) else str(token)
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Names of special tokens to their strings, which tokenizer_config.json has plain or in an object."""
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    return {
+        name: token if isinstance(token, str) else str(token["content"])
+        for name, token in named.items()
+        if isinstance(token, str | dict)
+    }

@@ -14,6 +14,7 @@ from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
 from stillgraph.exporter.bundle.calling import calling
 from stillgraph.exporter.bundle.needs import least_onnxruntime, of_nodes
+from stillgraph.exporter.bundle.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, write_tokenizer
 from stillgraph.exporter.checkpoint import CARRIED, Checkpoint, open_checkpoint
 from stillgraph.exporter.config import (
     ExportConfig,
@@ -48,6 +49,7 @@ from stillgraph.spec import GraphShape
 
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxsim", "onnx-ir", "stillgraph")
 SIMPLIFY_REPORT = "reports/simplify.json"
+FILES = (*CARRIED, TOKENIZER, CONFIG, TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,6 @@ def export(
     """
     say("reading the checkpoint")
     checkpoint = open_checkpoint(config.model)
-    calling(checkpoint, shapes)  # refuses files that cannot be used, before any work
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
     if former is not None:
         check_files(config.place, former)
@@ -83,9 +84,11 @@ def export(
         if former is not None:
             check_fits_bundle(config, checkpoint.sha256, shape, former)
     with staged(config.place) as folder:
-        traced = [_trace(checkpoint, shape, config, say) for shape in shapes]
         if former is not None:
             carry_over(config.place, folder, former)
+        _carry(checkpoint, folder, say)
+        calling(checkpoint, shapes, folder)  # refuses files that cannot be used, before any work
+        traced = [_trace(checkpoint, shape, config, say) for shape in shapes]
         say("writing weights")
         stored = _write_weights(folder, checkpoint, traced, former)
         graphs = dict(former.graphs) if former else {}
@@ -135,6 +138,16 @@ def carry_over(place: Path, folder: Path, former: Manifest) -> None:
             os.link(place / file.path, target)
         except OSError:
             shutil.copyfile(place / file.path, target)
+
+
+def _carry(checkpoint: Checkpoint, folder: Path, say: Say) -> None:
+    """Copy the checkpoint's files that a runtime reads, and write its tokenizer."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)  # it may be a link into the previous bundle
+    for name in CARRIED:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    write_tokenizer(checkpoint.folder, folder, checkpoint.spec.vision is not None, say)
 
 
 def _write_weights(
@@ -211,12 +224,7 @@ def _manifest(
     graphs: dict[str, GraphEntry],
     stored: Weights,
 ) -> Manifest:
-    files = []
-    for name in CARRIED:
-        if (source := checkpoint.folder / name).is_file():
-            (folder / name).unlink(missing_ok=True)
-            shutil.copyfile(source, folder / name)
-            files.append(describe(folder, folder / name))
+    files = [describe(folder, folder / name) for name in FILES if (folder / name).is_file()]
     return Manifest(
         source=CheckpointSource(
             id=config.model,
@@ -231,7 +239,7 @@ def _manifest(
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         graphs=graphs,
         weights=stored,
-        calling=calling(checkpoint, [entry.shape for entry in graphs.values()]),
+        calling=calling(checkpoint, [entry.shape for entry in graphs.values()], folder),
         files=(*files, describe(folder, folder / SIMPLIFY_REPORT)),
     )
 

@@ -67,6 +67,11 @@ def old_frequencies(tensors: Tensors) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
 
+def old_positions(tensors: Tensors) -> None:
+    name = next(name for name in tensors if name.endswith("embeddings.patch_embedding.weight"))
+    tensors[name.replace("patch_embedding.weight", "position_ids")] = torch.arange(4)[None]
+
+
 def assert_read_as_by_transformers(folder: Path, original: Callable[[str], Any]) -> Checkpoint:
     """The export's model, filled with what the export reads, has the weights that transformers loads."""
     checkpoint = open_checkpoint(str(folder))
@@ -102,9 +107,17 @@ def test_names_without_the_prefix_of_the_base_model(publish: Any, original: Any,
     assert_read_as_by_transformers(publish(base_names, family), original)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_what_transformers_ignores_is_ignored(publish: Any, original: Any, family: str) -> None:
-    assert_read_as_by_transformers(publish(old_frequencies, family), original)
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        ("llama", old_frequencies),
+        ("qwen2", old_frequencies),
+        ("gemma3_vision", old_positions),
+        ("llava", old_positions),
+    ],
+)
+def test_what_transformers_ignores_is_ignored(publish: Any, original: Any, family: str, edit: Edit) -> None:
+    assert_read_as_by_transformers(publish(edit, family), original)
 
 
 def test_what_transformers_does_not_ignore_is_refused(publish: Any, refused: Refused) -> None:

@@ -206,3 +206,30 @@ def test_a_damaged_bundle_gets_no_graph(
         path.write_bytes(content[:-1])
     with refused("load bundle", "weights.data", "bundle again"):
         make(tiny_checkpoint(), own, DECODE)
+
+
+def test_a_bundle_ships_one_tokenizer(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Whatever files the checkpoint has of it; none where it has none, and where it has them no more."""
+    model, out = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "model")), tmp_path / "out"
+    named = json.loads((model / "tokenizer_config.json").read_text())
+    named |= {
+        "chat_template": (model / "chat_template.jinja").read_text(),
+        "tokenizer_class": "GPT2Tokenizer",
+    }
+    (model / "tokenizer_config.json").write_text(json.dumps(named))
+    state = json.loads((model / "tokenizer.json").read_text())["model"]
+    (model / "vocab.json").write_text(json.dumps(state["vocab"]))
+    (model / "merges.txt").write_text("#version: 0.2\n")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (model / name).unlink()
+    three = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    manifest = make(model, out, DECODE)
+    assert three < {file.path for file in manifest.files}
+    assert (manifest.calling.tokens.bos, manifest.calling.tokens.template_adds_bos) == (2, True)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (model / name).unlink()
+    manifest = make(model, out, PREFILL)
+    check_files(out, manifest)
+    assert not three & {file.path for file in manifest.files}
+    assert not three & {path.name for path in out.iterdir()}
+    assert manifest.calling.tokens.template_adds_bos is None
