@@ -158,7 +158,8 @@ class Quality(Frozen):
 
 
 class Validation(Frozen):
-    """Result of the last validation: worst error over max |logit|, its bound, share of equal top-1.
+    """Result of the last validation: worst error over max |logit|, share of equal top-1, and worst_ratio, the
+    largest of all errors over their bounds, which is at most 1 where none is broken.
 
     These are of the graph, against PyTorch with the same weights; quality is of the weights.
     """
@@ -167,7 +168,7 @@ class Validation(Frozen):
     date: str
     cases: PositiveInt
     max_relative_error: float
-    bound: float
+    worst_ratio: float
     top1_agreement: float
     quality: Quality | None = None
 

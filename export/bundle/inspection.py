@@ -241,7 +241,10 @@ def _verdict(validation: Validation | None) -> str:
     if validation is None:
         return "none; run 'stillgraph validate'"
     word = "passed" if validation.passed else "FAILED"
-    error = f"relative error {validation.max_relative_error:.1e} of {validation.bound:.1e}"
+    error = (
+        f"relative error of logits {validation.max_relative_error:.1e},"
+        f" worst error {validation.worst_ratio:.2g} of its bound"
+    )
     cases = f"{validation.cases} cases, top-1 agreement {validation.top1_agreement:.1%}"
     quality = validation.quality
     cost = f"; against the checkpoint's own weights KL {quality.kl:.1e} nats" if quality else ""

@@ -12,7 +12,8 @@ import numpy as np
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.ort import DTYPES, open_graph
 from stillgraph.exporter.validate.cases import STEPS, ValidationPlan, limit
-from stillgraph.exporter.validate.metrics import Comparison, cache_error, compare
+from stillgraph.exporter.validate.gates import Gate
+from stillgraph.exporter.validate.measures import CaseMeasures
 from stillgraph.exporter.validate.reference import Reference
 from stillgraph.exporter.validate.report import CaseResult
 from stillgraph.manifest import GraphEntry, Manifest
@@ -27,12 +28,12 @@ class GrowingReplay:
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, truth: Reference, plan: ValidationPlan, bound: float, say: Say
+        self, bundle: Path, manifest: Manifest, truth: Reference, plan: ValidationPlan, gate: Gate, say: Say
     ) -> None:
         entry = manifest.graph("dynamic")
         assert entry is not None
         self.entry: GraphEntry = entry
-        self.truth, self.plan, self.bound, self.say = truth, plan, bound, say
+        self.truth, self.plan, self.gate, self.say = truth, plan, gate, say
         self.end = limit(manifest)
         self.session = open_graph(bundle / entry.file.path, plan.optimized)
 
@@ -46,22 +47,25 @@ class GrowingReplay:
         stops = [cut] if cut else []
         stops += range(prompt, min(prompt + STEPS, self.end) + 1)
         cache, start = self.nothing(), 0
-        comparisons: list[Comparison] = []
+        measures = CaseMeasures(self.truth)
         for stop in stops:
             ids = self.truth.ids[:, start:stop]
             logits, *present = self.session.run(None, {self.entry.input("token_ids").name: ids, **cache})
             cache = dict(zip(cache, present, strict=True))
             if stop >= prompt:
-                comparisons.append(compare(0, stop - 1, self.truth.logits[stop - 1][0], logits[0, 0]))
+                measures.logits(0, stop - 1, logits[0, 0])
             start = stop
+        held = list(cache.values())
+        for layer, (keys, values) in enumerate(zip(held[::2], held[1::2], strict=True)):
+            measures.slots(layer, 0, 0, keys[0], values[0])
         return CaseResult(
             text=self.plan.text,
             optimized=self.plan.optimized,
             start="prefill",
-            bound=self.bound,
             prompt=prompt,
-            comparisons=tuple(comparisons),
-            cache_errors=self.cache_errors(list(cache.values()), start),
+            comparisons=tuple(measures.comparisons),
+            cache_errors=measures.cache_errors,
+            checks=self.gate.checks(measures.measured()),
         )
 
     def nothing(self) -> dict[str, np.ndarray]:
@@ -69,11 +73,3 @@ class GrowingReplay:
         types = {value.name: DTYPES[value.type] for value in self.session.get_inputs()}
         pasts = [port for port in self.entry.inputs if port.is_cache]
         return {port.name: np.zeros(port.at({PAST: 0}), types[port.name]) for port in pasts}
-
-    def cache_errors(self, cache: list[np.ndarray], length: int) -> tuple[float, ...]:
-        """Per layer, the worse of its keys and values after `length` tokens."""
-        truth = zip(self.truth.keys, self.truth.values, strict=True)
-        return tuple(
-            max(cache_error(block[:, :, :length], found) for block, found in zip(pair, held, strict=True))
-            for pair, held in zip(truth, zip(cache[::2], cache[1::2], strict=True), strict=True)
-        )

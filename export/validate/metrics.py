@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from stillgraph.spec import Frozen
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """The mean square and the largest magnitude of each of n vectors, or of their errors: float64 [n]."""
+
+    squares: np.ndarray
+    largest: np.ndarray
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, axes: int | tuple[int, ...] = -1) -> Magnitudes:
+        """Over `axes`, those of one vector; what is left is n, in any shape."""
+        wide = np.abs(vectors.astype(np.float64))
+        return cls(np.square(wide).mean(axes), wide.max(axes))
+
+    @classmethod
+    def join(cls, parts: Sequence[Magnitudes]) -> Magnitudes:
+        """The vectors of all parts, one after another: [n] each."""
+        squares, largest = ([getattr(part, name) for part in parts] for name in ("squares", "largest"))
+        return cls(np.concatenate(squares), np.concatenate(largest))
+
+    def over(self, truth: Magnitudes) -> tuple[float, float]:
+        """Of errors: their RMS over that of the truth, and the largest over the largest magnitude of it."""
+        rms = math.sqrt(self.squares.mean() / truth.squares.mean())
+        return rms, float(self.largest.max() / truth.largest.max())
+
+    def at(self, index: tuple[int, slice] | int | slice) -> Magnitudes:
+        """Of some of the vectors, [m]."""
+        return Magnitudes(np.atleast_1d(self.squares[index]), np.atleast_1d(self.largest[index]))
 
 
 class Comparison(Frozen):

@@ -14,7 +14,15 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from stillgraph.exporter.validate.report import COLUMNS, Parity, case_row
+from stillgraph.exporter.validate.report import (
+    AGREEMENT_COLUMNS,
+    BROKEN_COLUMNS,
+    COLUMNS,
+    Parity,
+    agreement_row,
+    broken_row,
+    case_row,
+)
 from stillgraph.manifest import Manifest
 
 INK = "#808691"  # reads on white and on black
@@ -43,7 +51,14 @@ code { font-size: .85em; }
 {{ "%.1e" | format(parity.max_relative_error) }} of logits,
 {{ "%.1e" | format(parity.max_cache_error) }} of keys and values,
 top-1 agreement {{ "%.2f" | format(100 * parity.top1_agreement) }} %.</p>
-<p>{{ parity.why_bound }}. The relative error is max |difference| over max |logit| of the reference.</p>
+<p>{{ parity.why_bound[0] | upper }}{{ parity.why_bound[1:] }}. The worst error is max |difference| over
+max |value| of the reference, RMS the root mean square of differences over that of values. The largest error
+over its bound is {{ "%.3g" | format(parity.worst_ratio) }}.</p>
+{% for title, columns, rows in lists if rows %}<h2>{{ title }}</h2>
+<div class="scroll"><table>
+<thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endfor %}
 {% if quality %}<h2>Quality of the quantized weights</h2>
 <p>The errors above are of the graph, against PyTorch with the same quantized weights. This is what those
 weights cost against the checkpoint's own, over {{ quality.positions }} positions of
@@ -86,6 +101,14 @@ def write_page(manifest: Manifest, parity: Parity) -> str:
         parity=parity,
         quality=parity.quality,
         facts=facts,
+        lists=[
+            ("Broken bounds, the worst first", BROKEN_COLUMNS, [broken_row(*pair) for pair in parity.broken]),
+            (
+                "Logits against PyTorch with the same weights",
+                AGREEMENT_COLUMNS,
+                [agreement_row(found) for found in parity.agreements],
+            ),
+        ],
         columns=COLUMNS,
         rows=[(not parity.within_bound(case), case_row(case)) for case in parity.cases],
         positions=Markup(_figure(parity, _plot_positions)),
@@ -100,7 +123,6 @@ def _figure(parity: Parity, plot: Callable[[Parity, Axes], None]) -> str:
         figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
         plot(parity, axes)
         axes.set_yscale("log")
-        axes.axhline(parity.bound, color="#dc2626", linewidth=1, linestyle="--", label="bound")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.18))
         buffer = io.StringIO()

@@ -15,7 +15,8 @@ from stillgraph.exporter.config import Say
 from stillgraph.exporter.validate import image
 from stillgraph.exporter.validate.cases import ROW_STAGGER, STEPS, ValidationPlan, continues, limit, max_len
 from stillgraph.exporter.validate.driver import Cache, GraphRun
-from stillgraph.exporter.validate.metrics import Comparison, cache_error, compare
+from stillgraph.exporter.validate.gates import Gate
+from stillgraph.exporter.validate.measures import CaseMeasures
 from stillgraph.exporter.validate.reference import Reference
 from stillgraph.exporter.validate.report import CaseResult
 from stillgraph.manifest import Manifest
@@ -31,16 +32,16 @@ class State:
     start: Literal["prefill", "reference cache"]
     lengths: np.ndarray  # int64 [B]
     cache: Cache
-    comparisons: list[Comparison]
+    measures: CaseMeasures
 
 
 class Replay:
     """Runs one plan: all prompts through the prefill, then, with the prefill gone, all decode steps."""
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, truth: Reference, plan: ValidationPlan, bound: float, say: Say
+        self, bundle: Path, manifest: Manifest, truth: Reference, plan: ValidationPlan, gate: Gate, say: Say
     ) -> None:
-        self.manifest, self.truth, self.plan, self.bound, self.say = manifest, truth, plan, bound, say
+        self.manifest, self.truth, self.plan, self.gate, self.say = manifest, truth, plan, gate, say
         seen = image.features(bundle, manifest, plan.optimized) if plan.text == "picture" else None
         self.seen = seen
         self.graphs = GraphRun(bundle, manifest, plan.optimized, seen)
@@ -59,13 +60,7 @@ class Replay:
             self.say(f"decode, {sum(min(s.steps, end - s.prompt) for s in states)} steps")
             for state in states:
                 self.decode(state, end)
-        return [self.result(state) for state in states if state.comparisons]
-
-    def feature_error(self) -> float | None:
-        """Of the picture's features, relative to the largest; None without a picture."""
-        if self.seen is None or self.truth.features is None:
-            return None
-        return cache_error(self.truth.features, self.seen)
+        return [self.result(state) for state in states if state.measures.comparisons]
 
     def state(self, prompt: int, steps: int) -> State:
         """A case before its first call: slots poisoned, or the reference's cache where no prefill serves."""
@@ -73,13 +68,13 @@ class Replay:
         cache = self.graphs.new_cache()
         chunk = max_len(self.manifest)
         if chunk is not None and (prompt <= chunk or continues(self.manifest)):
-            return State(prompt, steps, "prefill", lengths, cache, [])
+            return State(prompt, steps, "prefill", lengths, cache, CaseMeasures(self.truth))
         for layer in self.layers:
             for role, block in self.blocks(layer).items():
                 for row, length in enumerate(lengths):
                     first = self.graphs.first_position(layer, length)
                     cache[layer, role][row, :, : length - first] = block[row, :, first:length]
-        return State(prompt, steps, "reference cache", lengths, cache, [])
+        return State(prompt, steps, "reference cache", lengths, cache, CaseMeasures(self.truth))
 
     def blocks(self, layer: int) -> dict[PortRole, np.ndarray]:
         return {"key": self.truth.keys[layer], "value": self.truth.values[layer]}
@@ -94,29 +89,26 @@ class Replay:
 
     def measure(self, state: State, logits: np.ndarray) -> None:
         for row in self.rows:
-            position = int(state.lengths[row]) - 1
-            truth = self.truth.logits[position][row]
-            state.comparisons.append(compare(int(row), position, truth, logits[row]))
+            state.measures.logits(int(row), int(state.lengths[row]) - 1, logits[row])
 
     def result(self, state: State) -> CaseResult:
+        measures = state.measures
+        for layer in self.layers:
+            for row, length in enumerate(state.lengths):
+                first = self.graphs.first_position(layer, length)
+                keys, values = (
+                    state.cache[layer, role][row, :, : length - first] for role in ("key", "value")
+                )
+                measures.slots(layer, row, first, keys, values)
+        measures.features(self.seen)
         return CaseResult(
             text=self.plan.text,
             optimized=self.plan.optimized,
             start=state.start,
-            bound=self.bound,
             prompt=state.prompt,
-            comparisons=tuple(state.comparisons),
-            cache_errors=tuple(self.cache_error(state, layer) for layer in self.layers),
-            feature_error=self.feature_error(),
+            comparisons=tuple(measures.comparisons),
+            cache_errors=measures.cache_errors,
+            checks=self.gate.checks(measures.measured()),
+            feature_error=measures.feature_error,
             int8_activations=any(graph.shape.int8_activations for graph in self.manifest.graphs.values()),
         )
-
-    def cache_error(self, state: State, layer: int) -> float:
-        """The worse of keys and values of a layer, over the valid slots of every row."""
-        errors = []
-        for role, block in self.blocks(layer).items():
-            for row, length in enumerate(state.lengths):
-                first = self.graphs.first_position(layer, length)
-                found = state.cache[layer, role][row, :, : length - first]
-                errors.append(cache_error(block[row, :, first:length], found))
-        return max(errors)

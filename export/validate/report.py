@@ -1,46 +1,80 @@
-"""How far apart two sets of logits, or two caches, are: measures, bounds, and the report of a validation."""
+"""The report of a validation: its cases, every bound that is broken, and tables of both."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from rich.table import Table
 
-from stillgraph.exporter.precisions import ACTIVATION_ROUNDOFF, HALF_ROUNDOFF, PRECISIONS
+from stillgraph.exporter.validate.gates import Check, Gate
 from stillgraph.exporter.validate.metrics import Comparison
-from stillgraph.manifest import Precision, Quality, Validation
-from stillgraph.spec import Frozen, ModelSpec
+from stillgraph.manifest import Quality, Validation
+from stillgraph.spec import Frozen
 
 TextKind = Literal["random", "text", "picture"]
-SMALLEST_PUBLISHED = 640  # hidden size of the smallest published Gemma 3
+
+
+class Agreement(Frozen):
+    """How logits of graphs that round their inputs agree with PyTorch, over all positions of a plan.
+
+    A single prompt says little: a first token of massive activations leaves all others few of the 8 bits.
+    """
+
+    text: TextKind
+    optimized: bool
+    int8_activations: bool
+    positions: int
+    kl: float
+    top1_agreement: float
+    checks: tuple[Check, ...]
+
+    @property
+    def title(self) -> str:
+        return _title(self.text, self.optimized, self.int8_activations) + f", {self.positions} positions"
 
 
 class CaseResult(Frozen):
-    """One prompt and the decode steps after it. cache_errors: per layer, relative to its largest value;
-    feature_error: of the features of the text's picture; bound: what these and the relative errors of logits
-    may be; int8_activations: whether it is of the prefill that rounds them."""
+    """One prompt and the decode steps after it. cache_errors: per layer, the worst relative to the largest
+    value; checks: all broken ones, and the nearest to its bound of each kind, worst first; feature_error: of
+    the features of the text's picture; int8_activations: whether it is of the prefill that rounds them."""
 
     text: TextKind
     optimized: bool
     start: Literal["prefill", "reference cache"]
-    bound: float
     prompt: int
     comparisons: tuple[Comparison, ...]
     cache_errors: tuple[float, ...]
+    checks: tuple[Check, ...]
     feature_error: float | None = None
     int8_activations: bool = False
 
     @property
-    def errors(self) -> tuple[float, ...]:
-        """Each relative error that the bound is for."""
-        features = () if self.feature_error is None else (self.feature_error,)
-        return (self.worst.relative_error, *self.cache_errors, *features)
+    def title(self) -> str:
+        given = "" if self.start == "prefill" else " from given keys and values"
+        return f"{_title(self.text, self.optimized, self.int8_activations)}, prompt {self.prompt}{given}"
 
     @property
     def worst(self) -> Comparison:
         return max(self.comparisons, key=lambda comparison: _nan_last(comparison.relative_error))
+
+
+def agree(cases: Sequence[CaseResult], gate: Gate) -> Agreement:
+    """Of the cases of one plan."""
+    comparisons = [comparison for case in cases for comparison in case.comparisons]
+    kl = float(np.mean([comparison.kl for comparison in comparisons]))
+    agreement = float(np.mean([comparison.top1_equal for comparison in comparisons]))
+    return Agreement(
+        text=cases[0].text,
+        optimized=cases[0].optimized,
+        int8_activations=cases[0].int8_activations,
+        positions=len(comparisons),
+        kl=kl,
+        top1_agreement=agreement,
+        checks=gate.logits(kl, 1 - agreement, len(comparisons)),
+    )
 
 
 class Parity(Frozen):
@@ -48,12 +82,12 @@ class Parity(Frozen):
 
     date: str
     depth: str
-    bound: float
     why_bound: str
     tools: dict[str, str]
     graphs: dict[str, str]
     weights: str
     cases: tuple[CaseResult, ...]
+    agreements: tuple[Agreement, ...] = ()
     quality: Quality | None = None
 
     @property
@@ -70,9 +104,24 @@ class Parity(Frozen):
 
     @property
     def passed(self) -> bool:
-        return all(self.within_bound(case) for case in self.cases) and (
-            self.quality is None or self.quality.passed
-        )
+        return not self.broken and (self.quality is None or self.quality.passed)
+
+    @property
+    def checks(self) -> list[tuple[str, Check]]:
+        """Every check and of what it is, the worst first."""
+        found = [(case.title, check) for case in self.cases for check in case.checks]
+        found += [(whole.title, check) for whole in self.agreements for check in whole.checks]
+        return sorted(found, key=lambda pair: -pair[1].ratio)
+
+    @property
+    def broken(self) -> list[tuple[str, Check]]:
+        """Every check that does not hold, the worst first."""
+        return [pair for pair in self.checks if not pair[1].holds]
+
+    @property
+    def worst_ratio(self) -> float:
+        """The largest of all errors over their bounds."""
+        return max((check.ratio for _, check in self.checks), default=0.0)
 
     def summary(self) -> dict[str, object]:
         """What a script needs, for one JSON line."""
@@ -91,16 +140,17 @@ class Parity(Frozen):
             date=self.date,
             cases=len(self.cases),
             max_relative_error=self.max_relative_error,
-            bound=self.bound,
+            worst_ratio=self.worst_ratio,
             top1_agreement=self.top1_agreement,
             quality=self.quality,
         )
 
     def problem(self) -> str | None:
         """The worst of what broke a bound, in a sentence; None where none is broken."""
-        if broken := [case for case in self.cases if not self.within_bound(case)]:
-            worst = max((error for case in broken for error in case.errors), key=_nan_last)
-            return f"a relative error of {worst:.2e} is over the bound of {broken[0].bound:.1e}"
+        if broken := self.broken:
+            title, worst = broken[0]
+            more = f", and {len(broken) - 1} more bounds are broken" if len(broken) > 1 else ""
+            return f"{worst} is over the bound of {worst.bound:.1e} ({title}){more}"
         if self.quality is not None and not self.quality.passed:
             ratio = self.quality.perplexity / self.quality.original_perplexity
             return (
@@ -111,8 +161,13 @@ class Parity(Frozen):
         return None
 
     def tables(self) -> list[Table]:
-        """The cases, and what quantized weights cost where they are."""
-        return [self.table()] if self.quality is None else [self.table(), quality_table(self.quality)]
+        """The cases, what is broken, what is said of logits as a whole, and what quantized weights cost."""
+        tables = [self.table()]
+        if self.broken:
+            tables.append(broken_table(self.broken))
+        if self.agreements:
+            tables.append(agreement_table(self.agreements))
+        return tables if self.quality is None else [*tables, quality_table(self.quality)]
 
     def table(self) -> Table:
         """One line a case: where it is worst."""
@@ -126,8 +181,44 @@ class Parity(Frozen):
         return table
 
     def within_bound(self, case: CaseResult) -> bool:
-        """Whether a case is within the bound; a NaN is not."""
-        return all(error <= case.bound for error in case.errors)
+        """Whether a case is within its bounds; a NaN is not."""
+        return all(check.holds for check in case.checks)
+
+
+BROKEN_COLUMNS = ("case", "of", "layer", "position", "row", "measure", "error", "bound", "error / bound")
+
+
+def broken_row(title: str, check: Check) -> list[str]:
+    """A broken bound as the cells of `BROKEN_COLUMNS`."""
+    places = ["" if place is None else f"{place}" for place in (check.layer, check.position, check.row)]
+    numbers = [f"{check.value:.1e}", f"{check.bound:.1e}", f"{check.ratio:.3g}"]
+    return [title, check.what, *places, check.measure, *numbers]
+
+
+def broken_table(broken: Sequence[tuple[str, Check]]) -> Table:
+    """One line a bound that is broken, the worst first."""
+    table = Table(*BROKEN_COLUMNS, title=f"{len(broken)} broken bounds, the worst first")
+    for title, check in broken:
+        table.add_row(*broken_row(title, check))
+    return table
+
+
+AGREEMENT_COLUMNS = ("logits of", "mean KL, nats", "bound", "top-1 agreement", "bound")
+
+
+def agreement_row(found: Agreement) -> list[str]:
+    """What is said of a plan's logits as the cells of `AGREEMENT_COLUMNS`."""
+    bounds = {check.measure: check.bound for check in found.checks}
+    kl, misses = bounds["mean KL"], bounds["top-1 misses"]
+    return [found.title, f"{found.kl:.1e}", f"{kl:.1e}", f"{found.top1_agreement:.1%}", f"{1 - misses:.1%}"]
+
+
+def agreement_table(agreements: Sequence[Agreement]) -> Table:
+    """How graphs that round their inputs agree with PyTorch, and the bounds."""
+    table = Table(*AGREEMENT_COLUMNS, title="logits against PyTorch with the same weights")
+    for found in agreements:
+        table.add_row(*agreement_row(found))
+    return table
 
 
 def quality_table(quality: Quality) -> Table:
@@ -177,31 +268,9 @@ def case_row(case: CaseResult) -> list[str]:
     ]  # fmt: skip
 
 
-def bound(spec: ModelSpec, precision: Precision, rounds: bool = True) -> tuple[float, str]:
-    """The relative error that a graph of this precision may have, and in a sentence why.
-
-    rounds: whether the inputs of its products are rounded to 8 bits, where weights are of int8 or int4.
-    """
-    if PRECISIONS[precision].bits and rounds:
-        # The kernels round the input of each product to 8 bits. Errors add as above; 4 is the margin, since
-        # those of the first layers go through all others. Without these kernels the graph is exact.
-        value = 4 * ACTIVATION_ROUNDOFF * math.sqrt(4 * len(spec.layers) + 1)
-        return value, (
-            f"bound {value:.1e}: 4 * 2^-8 * sqrt(4 products * {len(spec.layers)} layers + head), inputs are"
-            " rounded to 8 bits; with optimizations off they are not, and the bound is that of fp32"
-        )
-    if precision == "fp16":
-        # Each of a layer's 7 products rounds its input, its matrix and its result to fp16. Independent errors
-        # add as the root of their number; the largest of V errors has the same ratio to the largest of V
-        # logits as one error to one logit. 2 is the margin.
-        value = 2 * HALF_ROUNDOFF * math.sqrt(21 * len(spec.layers))
-        return (
-            value,
-            f"bound {value:.1e}: 2 * 2^-11 * sqrt(3 roundings * 7 products * {len(spec.layers)} layers)",
-        )
-    if spec.hidden_size < SMALLEST_PUBLISHED:
-        return 1e-5, "bound 1e-05: fp32 sums in another order, small model"
-    return 5e-5, "bound 5e-05: fp32 sums in another order, published geometry"
+def _title(text: TextKind, optimized: bool, int8_activations: bool) -> str:
+    prefill = ", int8 prefill" if int8_activations else ""
+    return f"{text} ids, optimizations {'on' if optimized else 'off'}{prefill}"
 
 
 def _nan_last(value: float) -> float:

@@ -12,6 +12,7 @@ import importlib.metadata
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.checkpoint import Checkpoint, open_checkpoint
@@ -29,12 +30,13 @@ from stillgraph.exporter.validate.cases import (
 )
 from stillgraph.exporter.validate.dynamic_replay import GrowingReplay
 from stillgraph.exporter.validate.fake_quantize import dequantize
+from stillgraph.exporter.validate.gates import Gate, gate, why
 from stillgraph.exporter.validate.image import with_picture
 from stillgraph.exporter.validate.page import write_page
 from stillgraph.exporter.validate.quality import recall, summarize, walk, walked
-from stillgraph.exporter.validate.reference import reference
+from stillgraph.exporter.validate.reference import Reference, exact_reference, reference
 from stillgraph.exporter.validate.replay import Replay
-from stillgraph.exporter.validate.report import CaseResult, Parity, TextKind, bound
+from stillgraph.exporter.validate.report import Agreement, CaseResult, Parity, TextKind, agree
 from stillgraph.manifest import MANIFEST, Manifest, Quality, check_files, read
 
 STAGE = "validate"
@@ -55,17 +57,17 @@ def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default"
     plans = make_plans(manifest, depth)
     proof = Proof(bundle, manifest, _checkpoint(bundle, manifest, model), depth, say)
     quality = proof.quality() if manifest.quantization else None
-    cases = [case for part in proof.parts() for case in proof.replay(part, plans)]
-    value, why = bound(manifest.model, manifest.precision)
+    for part in proof.parts():
+        proof.replay(part, plans)
     parity = Parity(
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         depth=depth,
-        bound=value,
-        why_bound=why,
+        why_bound=why(manifest.model, manifest.precision),
         tools={name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
         graphs={name: graph.file.sha256 for name, graph in manifest.graphs.items()},
         weights=manifest.weights.file.sha256,
-        cases=tuple(cases),
+        cases=tuple(proof.cases),
+        agreements=tuple(proof.agreements),
         quality=quality,
     )
     _write_reports(bundle, manifest, parity)
@@ -81,6 +83,8 @@ class Proof:
     ) -> None:
         self.bundle, self.manifest, self.checkpoint = bundle, manifest, checkpoint
         self.depth, self.say = depth, say
+        self.cases: list[CaseResult] = []
+        self.agreements: list[Agreement] = []
 
     def quality(self) -> Quality | None:
         """What the quantized weights cost; None for a bundle that lacks a graph."""
@@ -110,35 +114,46 @@ class Proof:
         parts = [shared, own | seeing] if own else [graphs]
         return [self.manifest.model_copy(update={"graphs": part}) for part in parts]
 
-    def replay(self, part: Manifest, plans: list[ValidationPlan]) -> list[CaseResult]:
+    def replay(self, part: Manifest, plans: list[ValidationPlan]) -> None:
         """Every case of some graphs that have the same weights, against PyTorch with these weights."""
-        self.say("loading PyTorch's model")
-        model = self.checkpoint.load()
-        if part.quantization is not None:
-            self.say("giving PyTorch's model the quantized weights")
-            dequantize(model, part, _int8_activations(part))
-        references = {}
-        for kind in dict.fromkeys(plan.text for plan in plans):
-            self.say(f"PyTorch's pass over {kind} ids")
-            wanted = {n for plan in plans if plan.text == kind for n in positions(part, plan)}
-            vision = part.model.vision if kind == "picture" else None
-            references[kind] = reference(model, self.ids(kind), wanted, vision)
-        del model
-        cases: list[CaseResult] = []
+        references = self.references(part, plans)
         runner = GrowingReplay if part.graph("dynamic") else Replay
         for plan in plans:
             self.say(f"{plan.text} ids, ONNX Runtime's optimizations {'on' if plan.optimized else 'off'}")
-            # Without packed weights only the prefill that is written so rounds its inputs.
-            rounds = plan.optimized or _int8_activations(part)
-            value, _ = bound(part.model, part.precision, rounds)
-            cases += runner(self.bundle, part, references[plan.text], plan, value, self.say).run()
-        return cases
+            held = gate_of(part, plan)
+            cases = runner(self.bundle, part, references[plan.text], plan, held, self.say).run()
+            self.cases += cases
+            if cases and held.kind == "rounded":
+                self.agreements.append(agree(cases, held))
+
+    def references(self, part: Manifest, plans: list[ValidationPlan]) -> dict[TextKind, Reference]:
+        """PyTorch's pass over each text; two where its own error is a bound."""
+        self.say("loading PyTorch's model")
+        model: nn.Module = self.checkpoint.load()
+        if part.quantization is not None:
+            self.say("giving PyTorch's model the quantized weights")
+            dequantize(model, part, _int8_activations(part))
+        found: dict[TextKind, Reference] = {}
+        for kind in dict.fromkeys(plan.text for plan in plans):
+            of_kind = [plan for plan in plans if plan.text == kind]
+            exact = any(gate_of(part, plan).kind == "own" for plan in of_kind)
+            self.say(f"PyTorch's {'passes in float64 and fp32' if exact else 'pass'} over {kind} ids")
+            wanted = {position for plan in of_kind for position in positions(part, plan)}
+            vision = part.model.vision if kind == "picture" else None
+            run = exact_reference if exact else reference
+            found[kind] = run(model, self.ids(kind), wanted, vision)
+        return found
 
     def ids(self, kind: TextKind) -> np.ndarray:
         if kind == "text":
             return text_ids(self.bundle, self.manifest)
         ids, vision = random_ids(self.manifest), self.manifest.model.vision
         return with_picture(ids, vision) if kind == "picture" and vision else ids
+
+
+def gate_of(part: Manifest, plan: ValidationPlan) -> Gate:
+    """Without packed weights only the prefill that is written so rounds its inputs."""
+    return gate(part.model, part.precision, plan.optimized or _int8_activations(part))
 
 
 def _int8_activations(part: Manifest) -> bool:

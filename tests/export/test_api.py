@@ -13,6 +13,7 @@ import stillgraph
 from stillgraph import cli
 from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exporter.cli import bundle
+from stillgraph.exporter.validate.gates import Gate
 from stillgraph.manifest import read
 
 SIZES = {"max_len": 8, "ctx": 16}
@@ -74,7 +75,8 @@ def test_what_is_not_installed_is_one_sentence(tmp_path, monkeypatch, capsys) ->
 
 
 def test_a_broken_bound_is_raised_and_the_bundle_stays(tiny_checkpoint, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("stillgraph.exporter.validate.validate.bound", lambda *_: (0.0, "none at all"))
+    none = Gate(kind="worst", value=0.0)
+    monkeypatch.setattr("stillgraph.exporter.validate.validate.gate", lambda *_: none)
     with pytest.raises(CheckFailed, match=r"^validate: a relative error of .*parity\.html") as caught:
         stillgraph.export(tiny_checkpoint(), tmp_path / "out", **SIZES)
     assert caught.value.exit_code == 1

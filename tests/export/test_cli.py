@@ -117,17 +117,17 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
         text="random",
         optimized=True,
         start="prefill",
-        bound=1e-5,
         prompt=3,
         comparisons=same,
         cache_errors=(0.0,),
+        checks=(),
     )
     asked: list[tuple[Path, str | None, str]] = []
 
     def fake(bundle, *, model, depth, say) -> Parity:
         say("[bold]")
         asked.append((bundle, model, depth))
-        return Parity(date="2020-01-01", depth=depth, bound=1e-5, why_bound="why", tools={},
+        return Parity(date="2020-01-01", depth=depth, why_bound="why", tools={},
                       graphs={}, weights="", cases=(case,))  # fmt: skip
 
     monkeypatch.setattr("stillgraph.exporter.validate.validate.validate", fake)
@@ -182,7 +182,7 @@ def test_the_largest_activation_is_no_weight_input_or_output() -> None:
 def validated(bundle: Path) -> None:
     """Give a bundle the result of a validation."""
     result = Validation(
-        passed=True, date="2020-01-01", cases=1, max_relative_error=0, bound=1e-5, top1_agreement=1
+        passed=True, date="2020-01-01", cases=1, max_relative_error=0, worst_ratio=0, top1_agreement=1
     )
     manifest = read(bundle).model_copy(update={"validation": result})
     (bundle / "manifest.json").write_text(manifest.to_json())

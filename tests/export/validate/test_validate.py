@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.validate.cases import edges, make_plans, positions
+from stillgraph.exporter.validate.gates import gate
 from stillgraph.exporter.validate.metrics import cache_error, compare
-from stillgraph.exporter.validate.report import bound
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.manifest import MANIFEST, File, Manifest, read, sha256
 
@@ -73,13 +73,18 @@ def test_comparison_measures() -> None:
 
 
 def test_fp16_bound_is_the_one_stated(tiny_bundle: Bundle) -> None:
-    assert bound(read(tiny_bundle()).model, "fp16")[0] == pytest.approx(2 * 2**-11 * math.sqrt(21 * 2))
+    held = gate(read(tiny_bundle()).model, "fp16")
+    assert held.kind == "worst"
+    assert held.value == pytest.approx(2 * 2**-11 * math.sqrt(21 * 2))
 
 
 def test_a_right_bundle_passes_and_says_so(copied: Path) -> None:
     parity = validate(copied, depth="default", say=silent)
     assert parity.passed
     assert parity.top1_agreement == 1.0
+    assert 0 < parity.max_relative_error < 1e-5
+    assert parity.max_cache_error < 1e-5
+    assert 0 < parity.worst_ratio < 1
     assert {(case.text, case.optimized) for case in parity.cases} == {
         ("random", False), ("random", True), ("text", False), ("text", True),
     }  # fmt: skip
