@@ -32,8 +32,9 @@ class Narrow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if self.counts and isinstance(found, torch.Tensor) and found.dtype == torch.float32:
-            self.ops.add(func.__name__.split(".")[0])
+        if self.counts and args and isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+            rounds = isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
+            self.ops.add("rounds" if rounds else func.__name__.split(".")[0])
         return found
 
 
