@@ -17,10 +17,10 @@ RMS_RATIO = 2.0
 WORST_RATIO = 8.0
 FLOOR = 2.0**-22  # four roundoffs of fp32: PyTorch's own error may be 0 where a sum has few terms
 # Of products whose inputs are rounded, over all positions of a plan. Mean KL in nats: tiny models and the
-# demo have 5e-4 at most, SmolLM2-135M 0.011, and 0.088 over the 7 positions of an int8 prefill. Other best
-# tokens: up to 16 % of the tiny models' nearly equal logits, 8 % of SmolLM2-135M's, 2 of 7 in that prefill.
+# demo have 5e-4 at most, SmolLM2-135M 0.011 (int8), 0.043 (int4) and 0.088 (an int8 prefill). Other best
+# tokens: up to 16 % of the tiny models' nearly equal logits, 9 of SmolLM2-135M's 26 after random ids (int4).
 ROUNDED_KL = 0.2
-ROUNDED_MISSES = 0.2
+ROUNDED_MISSES = 0.3
 
 Measure = Literal["worst", "RMS", "mean KL", "top-1 misses"]
 
@@ -137,7 +137,7 @@ def rounded_bound(spec: ModelSpec) -> float:
 
     Errors add as above. 12 is the margin, since those of the first layers go through all others and a massive
     activation leaves the rest of its vector few of the 8 bits: of 2^-8 sqrt(4 layers + 1) tiny models have
-    2.4, the demo 1.7 and SmolLM2-135M's int8 prefill 7.6 (0.32, a prompt of 2); a tiny model with a wrong
+    2.4, the demo 1.7 and SmolLM2-135M's int8 prefill 7.9 (0.34, a prompt of 2); a tiny model with a wrong
     window has 37 and more. Zeros for values would be 1, so more than 0.6 is never right.
     """
     return min(0.6, 12 * ACTIVATION_ROUNDOFF * math.sqrt(4 * len(spec.layers) + 1))

@@ -75,10 +75,10 @@ def test_no_number_is_over_every_bound() -> None:
 def test_what_rounding_may_do_to_logits_depends_on_how_many_there_are(tiny_bundle: Bundle) -> None:
     held = gate(read(tiny_bundle()).model, "int8")
     assert held.kind == "rounded"
-    assert [check.holds for check in held.logits(kl=0.19, misses=0.21, positions=1000)] == [True, True]
-    assert [check.holds for check in held.logits(kl=0.21, misses=0.23, positions=1000)] == [False, False]
-    # 3 of 8 are 1.24 standard deviations from a fifth, 5 of 8 are 3.
-    assert [held.logits(0.0, misses / 8, 8)[1].holds for misses in (3, 5)] == [True, False]
+    assert [check.holds for check in held.logits(kl=0.19, misses=0.32, positions=1000)] == [True, True]
+    assert [check.holds for check in held.logits(kl=0.21, misses=0.34, positions=1000)] == [False, False]
+    # 4 of 8 are 1.2 standard deviations from three tenths, 6 of 8 are 2.8.
+    assert [held.logits(0.0, misses / 8, 8)[1].holds for misses in (4, 6)] == [True, False]
 
 
 @pytest.fixture(scope="module")
