@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,9 @@ STYLES: dict[str, dict[str, Any]] = {
     },
     "an object for a name": {"tokenizer_config": PLAIN | {"mask_token": NEW | {"__type": "AddedToken"}}},
 }
+
+# The module: transformers has a function of its name as well, which is found first once it was used.
+CONVERTER = importlib.import_module("transformers.convert_slow_tokenizer")
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -178,13 +182,13 @@ def sentencepiece(folder: Path) -> Path:
 def test_sentencepiece_without_its_package_is_refused(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transformers.convert_slow_tokenizer.is_sentencepiece_available", lambda: False)
+    monkeypatch.setattr(CONVERTER, "is_sentencepiece_available", lambda: False)
     with refused("read tokenizer", "tokenizer.model", "install"):
         ship(sentencepiece(tmp_path / "source"))
 
 
 def test_sentencepiece_becomes_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.convert_slow_tokenizer.requires_backends", lambda *_: None)
+    monkeypatch.setattr(CONVERTER, "requires_backends", lambda *_: None)
     source = sentencepiece(tmp_path / "source")
     text, theirs = Text(ship(source)), AutoTokenizer.from_pretrained(source)
     assert_encodes_as(text, theirs)
