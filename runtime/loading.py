@@ -53,10 +53,9 @@ def load(
     written when the graph is unloaded; runs are slower by some microseconds a node.
 
     providers: of ONNX Runtime, by name or as (name, options), the preferred one first; by default the CPU's.
-    What a bundle's validation proves, it proves on the CPU. With any other provider keys and values still
-    come from and go to the CPU's memory at each step, in buffers of their own for either, since nothing shows
-    that such a provider may write where it reads; bundles of the onnxruntime target, whose ops are the CPU's,
-    are refused, and a compiled folder is left alone.
+    Validation covers the CPU's provider alone. Any other reads keys and values from one set of buffers in
+    the CPU's memory and writes them to another, since nothing shows that it may write where it reads; bundles
+    of the onnxruntime target, whose ops are the CPU's, are refused, and a compiled folder is left alone.
     session_options: of every graph's session, over those that this runtime sets: config entries such as
     {"session.intra_op.allow_spinning": "0"}, and attributes of ONNX Runtime's SessionOptions such as
     {"intra_op_num_threads": 2}. Those that exact sums and mapped weights depend on are refused. A compiled
@@ -71,33 +70,40 @@ def load(
     manifest = read(folder)
     check_files(folder, manifest, hashes=check_hashes)
     _check_machine(folder, manifest, chosen)
-    dynamic = manifest.graph("dynamic")
     one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
-    tokens = manifest.calling.tokens
-    text = Text(folder, tokens.bos) if (folder / "tokenizer.json").is_file() else None
+    text = Text(folder, manifest.calling.tokens.bos) if (folder / "tokenizer.json").is_file() else None
     found = find(folder, manifest, hashes=check_hashes) if compiled and chosen.on_cpu else Found(None)
     if found.reason:
         log.warning(found.reason)
     open_graph = _loader(folder, manifest, found.compiled, chosen, one, profile)
-    pair = None if dynamic else _pair(folder, manifest, found.compiled)
+    pair = None if manifest.graph("dynamic") else _pair(folder, manifest, found.compiled)
     data = found.compiled.data if found.compiled else None
     read_in(folder / (data or manifest.weights.file).path)
-    graphs: Graphs
     vision = _vision(folder, manifest, open_graph, one)
-    if dynamic:
-        graphs = GrowingGraph(dynamic, open_graph)
-    else:
-        assert pair is not None
-        pair = pair if chosen.on_cpu else (_apart(pair[0]), _apart(pair[1]))
-        embed = _entry(folder, manifest, "embed") if pair[0].shape.embeds else None
-        embedder = (
-            Embedder(embed, open_graph, vision.fill, vision.spec.image_tokens, tokens.pad)
-            if embed and vision
-            else None
-        )
-        graphs = GraphPair(*pair, manifest.model.layers, open_graph, one, embedder, tokens.pad)
+    if pair is not None and not chosen.on_cpu:
+        pair = _apart(pair[0]), _apart(pair[1])
+    graphs = _graphs(folder, manifest, pair, open_graph, one, vision)
     graphs.load_seconds = time.perf_counter() - began - (vision.load_seconds if vision else 0.0)
     return Engine(manifest, graphs, text, folder, vision)
+
+
+def _graphs(
+    folder: Path,
+    manifest: Manifest,
+    pair: tuple[GraphEntry, GraphEntry] | None,
+    open_graph: Load,
+    one_at_a_time: bool,
+    vision: Vision | None,
+) -> Graphs:
+    """The graphs of a growing cache, or of a static one. pair: the prefill and the decode of the latter."""
+    if pair is None:
+        return GrowingGraph(_entry(folder, manifest, "dynamic"), open_graph)
+    pad = manifest.calling.tokens.pad
+    embedder = None
+    if pair[0].shape.embeds and vision:
+        embed = _entry(folder, manifest, "embed")
+        embedder = Embedder(embed, open_graph, vision.fill, vision.spec.image_tokens, pad)
+    return GraphPair(*pair, manifest.model.layers, open_graph, one_at_a_time, embedder, pad)
 
 
 def _check_machine(folder: Path, manifest: Manifest, chosen: SessionChoice) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.decoders import DECODERS
 
-pytest_plugins = ["tests.mock_model"]
+pytest_plugins = ["tests.mock_model", "tests.traces"]
 
 # Two processes run the tests on two cores; libraries that are loaded after this keep to one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from stillgraph.calling import Calling
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
 from stillgraph.exporter.bundle.calling import calling
@@ -75,33 +76,40 @@ def export(
     say("reading the checkpoint")
     checkpoint = open_checkpoint(config.model)
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
-    if former is not None:
-        check_files(config.place, former)
-    check_heads(checkpoint.spec, config.target)
     shapes = with_int8_prefill(config, with_pictures(config, checkpoint.spec, shapes, vision))
-    for shape in shapes:
-        check_positions(checkpoint.spec, shape, checkpoint.family.limit(checkpoint.config))
-        if former is not None:
-            check_fits_bundle(config, checkpoint.sha256, shape, former)
+    _check_shapes(config, checkpoint, shapes, former)
+    before, roles = former.graphs if former else {}, {shape.role for shape in shapes}
+    kept = {name: graph for name, graph in before.items() if graph.shape.role not in roles}
     with staged(config.place) as folder:
         if former is not None:
             carry_over(config.place, folder, former)
         _carry(checkpoint, folder, say)
-        calling(checkpoint, shapes, folder)  # refuses files that cannot be used, before any work
+        # Before any work, since it refuses files that cannot be used.
+        called = calling(checkpoint, [*(graph.shape for graph in kept.values()), *shapes], folder)
         traced = [_trace(checkpoint, shape, config, say) for shape in shapes]
         say("writing weights")
         stored = _write_weights(folder, checkpoint, traced, former)
-        graphs = dict(former.graphs) if former else {}
-        graphs = {
-            name: graph for name, graph in graphs.items() if graph.shape.role not in {s.role for s in shapes}
+        graphs = kept | {
+            entry.shape.name: _write_graph(folder, checkpoint, entry, stored) for entry in traced
         }
-        for entry in traced:
-            graphs[entry.shape.name] = _write_graph(folder, checkpoint, entry, stored)
         _drop_unlisted(folder, graphs)
         _write_simplify_report(folder, traced, graphs, stored, say)
-        manifest = _manifest(folder, checkpoint, config, graphs, stored)
+        manifest = _manifest(folder, checkpoint, config, graphs, stored, called)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _check_shapes(
+    config: ExportConfig, checkpoint: Checkpoint, shapes: list[GraphShape], former: Manifest | None
+) -> None:
+    """Refuse what target, model or the bundle that is there has no room for. Raises StillgraphError."""
+    check_heads(checkpoint.spec, config.target)
+    if former is not None:
+        check_files(config.place, former)
+    for shape in shapes:
+        check_positions(checkpoint.spec, shape, checkpoint.family.limit(checkpoint.config))
+        if former is not None:
+            check_fits_bundle(config, checkpoint.sha256, shape, former)
 
 
 def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say: Say) -> Traced:
@@ -223,6 +231,7 @@ def _manifest(
     config: ExportConfig,
     graphs: dict[str, GraphEntry],
     stored: Weights,
+    called: Calling,
 ) -> Manifest:
     files = [describe(folder, folder / name) for name in FILES if (folder / name).is_file()]
     return Manifest(
@@ -239,7 +248,7 @@ def _manifest(
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         graphs=graphs,
         weights=stored,
-        calling=calling(checkpoint, [entry.shape for entry in graphs.values()], folder),
+        calling=called,
         files=(*files, describe(folder, folder / SIMPLIFY_REPORT)),
     )
 

@@ -104,7 +104,8 @@ def tokens(checkpoint: Checkpoint, folder: Path | None = None) -> Tokens:
     folder, vocab = folder or checkpoint.folder, checkpoint.spec.vocab_size
     path = checkpoint.folder / GENERATION
     generation = read_json(path, "download the file again") if path.is_file() else {}
-    sources = [generation, _of_config(checkpoint), _of_tokenizer(folder)]
+    text = Text(folder) if (folder / "tokenizer.json").is_file() else None
+    sources = [generation, _of_config(checkpoint), _of_tokenizer(text)]
     bos = next((given[0] for source in sources if (given := _listed(source, "bos"))), None)
     stop = next((given for source in sources if (given := _listed(source, "eos"))), [])
     pads = [*(pad for source in sources for pad in _listed(source, "pad")), *stop]
@@ -122,7 +123,9 @@ def tokens(checkpoint: Checkpoint, folder: Path | None = None) -> Tokens:
             raise StillgraphError(STAGE, problem, "give it the number of a token")
     if not made.stop:
         log.warning("%s names no token that ends a text: it ends by --max-new-tokens or --stop.", path.parent)
-    by_tokenizer, by_template = bos_added(folder, made.bos)
+    if text is not None and not text.special_tokens and made.bos is not None:
+        text = Text(folder, made.bos)
+    by_tokenizer, by_template = bos_added(text, folder, made.bos)
     return made.model_copy(update={"tokenizer_adds_bos": by_tokenizer, "template_adds_bos": by_template})
 
 
@@ -147,23 +150,20 @@ def _of_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return made
 
 
-def _of_tokenizer(folder: Path) -> dict[str, Any]:
+def _of_tokenizer(text: Text | None) -> dict[str, Any]:
     """Ids of the tokens that the tokenizer's config names."""
-    if not (folder / "tokenizer.json").is_file():
+    if text is None:
         return {}
-    text = Text(folder)
     return {f"{name}_id": text.tokenizer.token_to_id(token) for name, token in text.special_tokens.items()}
 
 
-def bos_added(folder: Path, bos: int | None) -> tuple[bool, bool | None]:
+def bos_added(text: Text | None, folder: Path, bos: int | None) -> tuple[bool, bool | None]:
     """Whether tokenizer and chat template begin a text with the begin token, by letting both do so.
 
-    None for a template that is not there, or that refuses the shortest chat. Raises StillgraphError where the
-    tokenizer cannot be read.
+    folder: of the template. None for one that is not there, or that refuses the shortest chat.
     """
-    if not (folder / "tokenizer.json").is_file():
+    if text is None:
         return False, None
-    text = Text(folder, bos)
     try:
         chat = read_template(folder, text.special_tokens).render([{"role": "user", "content": PROBE}])
     except StillgraphError:

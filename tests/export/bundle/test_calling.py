@@ -20,6 +20,7 @@ from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.manifest import Manifest, read
 from stillgraph.spec import GraphShape
+from stillgraph.tokenizer import Text
 
 Bundle = Callable[..., Path]
 PROMPT: list[tuple[GraphShape, tuple[int, bool]]] = [
@@ -45,17 +46,16 @@ def test_how_a_prompt_is_cut(model: Path, shape: GraphShape, expected: tuple[int
 
 
 def test_who_adds_the_first_token(model: Path) -> None:
-    assert calling.bos_added(model, 2) == (True, True)
+    assert calling.bos_added(Text(model, 2), model, 2) == (True, True)
     raw = json.loads((model / "tokenizer.json").read_text())
     raw["post_processor"] = None
     (model / "tokenizer.json").write_text(json.dumps(raw))
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("{{ bos_token }}", ""))
-    assert calling.bos_added(model, 2) == (False, False)
+    assert calling.bos_added(Text(model, 2), model, 2) == (False, False)
     template.write_text("{{ raise_exception('no chats') }}")
-    assert calling.bos_added(model, 2) == (False, None)
-    (model / "tokenizer.json").unlink()
-    assert calling.bos_added(model, 2) == (False, None)
+    assert calling.bos_added(Text(model, 2), model, 2) == (False, None)
+    assert calling.bos_added(None, model, 2) == (False, None)
 
 
 def test_sampling_is_that_of_generation_config(model: Path, refused: Any) -> None:

@@ -83,6 +83,7 @@ def test_two_rows_with_pictures_in_other_places(tiny_bundle: Bundle, drawn: Any,
         assert follows(steps, checkpoint, engine.ids(prompt), given, 6)
 
 
+@pytest.mark.fresh_traces
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_proof_fails_where_pictures_look_back_alone(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str

@@ -1,0 +1,62 @@
+"""Traces that all tests share: a trace is most of an export's time, and the same whatever the weights are.
+
+It is made once for both processes of a run, and kept beside their temporary folders. A test that changes what
+a trace comes from is marked `fresh_traces`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BUILD = "stillgraph.exporter.bundle.build"
+
+
+class Shared:
+    """`trace.tracing.convert`, with its results kept as files of the folder."""
+
+    def __init__(self, convert: Callable[..., Any], folder: Path) -> None:
+        self.convert, self.folder, self.fresh = convert, folder, False
+
+    def __call__(
+        self, checkpoint: Any, shape: Any, target: str, precision: str, split_mlp: bool = False
+    ) -> Any:
+        import onnx_ir as ir
+
+        def trace() -> Any:
+            return self.convert(checkpoint, shape, target, precision, split_mlp=split_mlp)
+
+        if self.fresh:
+            return trace()
+        model = [str(checkpoint.family.build), checkpoint.config.to_dict(), checkpoint.tied]
+        # A trace for int4 is one for int8: which codes there are is decided after it.
+        of = [*model, shape.model_dump(), target, precision.replace("int4", "int8"), split_mlp]
+        key = hashlib.sha256(json.dumps(of, default=str, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{key}.onnx"
+        if not path.is_file():
+            own = path.with_suffix(f".{os.getpid()}")
+            ir.save(trace(), own)
+            own.replace(path)
+        return ir.load(path)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Torch is imported for those alone that export."""
+    if BUILD not in sys.modules and "tiny_bundle" not in getattr(item, "fixturenames", ()):
+        return
+    build: Any = importlib.import_module(BUILD)
+    if not isinstance(build.convert, Shared):
+        factory: pytest.TempPathFactory = item.config._tmp_path_factory  # type: ignore[attr-defined]
+        base = factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+        folder.mkdir(exist_ok=True)
+        build.convert = Shared(build.convert, folder)
+    build.convert.fresh = item.get_closest_marker("fresh_traces") is not None
