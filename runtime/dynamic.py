@@ -9,6 +9,7 @@ Shapes: S new tokens, T tokens before the call, KV key/value heads, D head size,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,14 @@ class Caller(Protocol):
     """A loaded graph that chooses its outputs' memory: `stillgraph.session.Session`."""
 
     def call(self, feeds: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]: ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tokens, and their keys and values by input: replaced as one, so that no interrupt comes between."""
+
+    ids: list[int]
+    past: dict[str, ort.OrtValue]
 
 
 class GrowingGraph:
@@ -42,8 +51,7 @@ class GrowingGraph:
         self._ids, self._logits = entry.input("token_ids").name, entry.output("logits").name
         self._caches = [port for port in entry.inputs if port.is_cache]
         self._graph = load(entry)
-        self.cached: list[list[int]] = [[]]
-        self._past = self._nothing()
+        self._held = Held([], self._nothing())
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Put the one prompt into the cache, in one call; logits [1, V] after its last token.
@@ -51,35 +59,41 @@ class GrowingGraph:
         Starts after the longest prefix that the cache holds: what is held behind that is cut off.
         """
         (prompt,) = prompts
-        self._cut(common(self.cached[0], prompt))
-        return self._feed(prompt[len(self.cached[0]) :])
+        length = common(self._held.ids, prompt)
+        self._cut(length)
+        return self._feed(prompt[length:])
 
     def decode(self, tokens: Sequence[int | None]) -> Array:
         """Append the one row's token; logits [1, V] of the next one."""
         return self._feed([token for token in tokens if token is not None])
 
+    @property
+    def cached(self) -> list[list[int]]:
+        return [self._held.ids]
+
     def reset(self) -> None:
         """Forget the cache, and free it; the next prompt starts from nothing."""
-        self.cached, self._past = [[]], self._nothing()
+        self._held = Held([], self._nothing())
 
     def release(self) -> None:
         """Does nothing: there is no other graph."""
 
     def _feed(self, ids: Sequence[int]) -> Array:
         new = ort.OrtValue.ortvalue_from_numpy(np.array([ids], np.int64))  # [1, S]
-        outputs = dict(zip(self._outputs, self._graph.call({self._ids: new, **self._past}), strict=True))
+        held = self._held
+        outputs = dict(zip(self._outputs, self._graph.call({self._ids: new, **held.past}), strict=True))
         logits: Array = outputs.pop(self._logits).numpy()  # [1, 1, V]
-        self._past = {self._past_of[name]: value for name, value in outputs.items()}
-        self.cached[0].extend(ids)
+        past = {self._past_of[name]: value for name, value in outputs.items()}
+        self._held = Held([*held.ids, *ids], past)
         return logits[:, 0]
 
     def _cut(self, length: int) -> None:
         """Keep the keys and values of the first `length` tokens."""
         if length == 0:
             self.reset()
-        elif length < len(self.cached[0]):
-            self.cached = [self.cached[0][:length]]
-            self._past = {name: _first(value, length) for name, value in self._past.items()}
+        elif length < len(self._held.ids):
+            past = {name: _first(value, length) for name, value in self._held.past.items()}
+            self._held = Held(self._held.ids[:length], past)
 
     def _nothing(self) -> dict[str, ort.OrtValue]:
         """Keys and values [1, KV, 0, D] of no token."""

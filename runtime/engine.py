@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from stillgraph.row import Row, Step
 from stillgraph.sampling import Choose, Forced, Sampler, Sampling, is_count
 from stillgraph.session import Array, return_memory
 from stillgraph.tokenizer import Text
+from stillgraph.turn import Turn
 from stillgraph.vision.features import Vision
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Engine:
         self.vision = vision
         self.prompts = Prompts(manifest, graphs, text, vision, bundle)
         self._request = 0
-        self._working = threading.Lock()  # held while a request is read, and inside each step
+        self._turn = Turn()  # held while a request is read, and inside each step
 
     @property
     def load_seconds(self) -> float:
@@ -170,7 +170,7 @@ class Engine:
         All use after that raises StillgraphError, but another `close`.
         """
         closed: Any = Closed(self.bundle)
-        with self._working:
+        with self._turn.taken(wait=True):
             self.graphs = self.vision = self.prompts = closed
         return_memory()
 
@@ -268,14 +268,12 @@ class Engine:
     def _at_work(self, request: int | None = None) -> Iterator[None]:
         """Keep all others out of the engine. request: that it must still be. Raises StillgraphError."""
         remedy = "finish one stream before the next, or load a second engine"
-        if not self._working.acquire(blocking=False):
-            raise StillgraphError("generate", "another request is running on this engine", remedy)
-        try:
+        with self._turn.taken() as free:
+            if not free:
+                raise StillgraphError("generate", "another request is running on this engine", remedy)
             if request not in (None, self._request):
                 raise StillgraphError("generate", "another request has begun on this engine", remedy)
             yield
-        finally:
-            self._working.release()
 
 
 class Closed:

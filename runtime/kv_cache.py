@@ -31,8 +31,9 @@ class Graphs(Protocol):
     max_len: int
     continues: bool
     load_seconds: float
-    cached: list[list[int]]
 
+    @property
+    def cached(self) -> list[list[int]]: ...
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Array: ...
     def decode(self, tokens: Sequence[int | None]) -> Array: ...
     def reset(self) -> None: ...
@@ -83,13 +84,15 @@ class BoundGraph:
 
     def load(self) -> None:
         runner, sets = self._load(self.entry), self.buffers.sets
+        bound = []
         for index, read in enumerate(sets):
             written = read if in_place(self.entry) else sets[(index + 1) % len(sets)]
             past = {port.name: read[key(port)] for port in self.entry.inputs if port.is_cache}
             present = {port.name: written[key(port)] for port in self.entry.outputs if port.is_cache}
-            self._calls.append(runner.bind({**past, **present, **self._small}))
+            bound.append(runner.bind({**past, **present, **self._small}))
         if self.embedder:
             self.embedder.load(self.inputs["embeddings"], self.inputs.get("picture_numbers"))
+        self._calls = bound  # all or none: an interrupt may come before any line
 
     def unload(self) -> None:
         self._calls.clear()
@@ -115,7 +118,9 @@ class BoundGraph:
 class GraphPair:
     """The two graphs of a bundle and the cache they share.
 
-    `cached[row]` are the ids whose keys and values the cache holds. one_at_a_time: at most one graph is in
+    `cached[row]` are the ids whose keys and values the cache holds. It is right or empty: a call takes it
+    away before it writes a buffer and puts the new one there when all is written, so whatever ends a call in
+    between, an interrupt among others, costs the cache and no more. one_at_a_time: at most one graph is in
     memory; the buffers outlive both. `load_seconds` is all the time spent loading and unloading graphs.
     embedder: for a prefill that takes embeddings. pad: the id that stands where there is no token.
     """
@@ -159,11 +164,13 @@ class GraphPair:
         """
         self._use(self._prefill)
         done, chunks = self._start(prompts)
-        self.cached = [list(prompt[:count]) for prompt, count in zip(prompts, done, strict=True)]
+        self.reset()
+        fed = [list(prompt[:count]) for prompt, count in zip(prompts, done, strict=True)]
         for left in range(chunks, 0, -1):
-            self._chunk(prompts, left)
+            self._chunk(prompts, fed, left)
         if not self.continues:
-            self._copy_to_decode()
+            self._copy_to_decode(max(map(len, fed)))
+        self.cached = fed
         return self._prefill.logits[:, 0]
 
     def decode(self, tokens: Sequence[int | None]) -> Array:
@@ -174,17 +181,20 @@ class GraphPair:
         """
         self._use(self._decode)
         ids, past = self._decode.inputs["token_ids"], self._decode.inputs["past_length"]
+        held = self.cached
+        self.reset()
         for row, token in enumerate(tokens):
-            cached = self.cached[row]
+            cached = held[row]
             seen = bool(cached) and cached[-1] < 0
             if token is None and (seen or not self._can_return(len(cached), len(cached) - 1)):
                 cached.clear()
             ids[row, 0] = token if token is not None else cached[-1] if cached else self._pad
             past[row] = len(cached) if token is not None else max(0, len(cached) - 1)
         self._decode.run()
-        for cached, token in zip(self.cached, tokens, strict=True):
+        for cached, token in zip(held, tokens, strict=True):
             if token is not None:
                 cached.append(token)
+        self.cached = held
         return self._decode.logits[:, 0]
 
     def reset(self) -> None:
@@ -211,12 +221,14 @@ class GraphPair:
             for row in short:
                 done[row] = 0
 
-    def _chunk(self, prompts: Sequence[Sequence[int]], left: int) -> None:
-        """Feed each row what it can take, leaving it something for each of the `left` - 1 chunks after."""
+    def _chunk(self, prompts: Sequence[Sequence[int]], fed: list[list[int]], left: int) -> None:
+        """Feed each row what it can take, leaving it something for each of the `left` - 1 chunks after.
+
+        fed: of each row, what the buffers hold already; the pieces are added to it.
+        """
         inputs, pieces = self._prefill.inputs, list[Sequence[int]]()
         for row, prompt in enumerate(prompts):
-            cached = self.cached[row]
-            start, todo = len(cached), self._units(prompt[len(cached) :])
+            start, todo = len(fed[row]), self._units(prompt[len(fed[row]) :])
             waits = len(todo) < left  # only from the first slot, which is then written again
             taken = min(fitting(todo, self.max_len), len(todo) - left + 1)
             piece = prompt[start : start + (1 if waits else sum(todo[:taken]))]
@@ -225,16 +237,15 @@ class GraphPair:
             if self.continues:
                 inputs["past_length"][row] = start
             if not waits:
-                cached.extend(piece)
+                fed[row].extend(piece)
         self._prefill.give(pieces)
         self._prefill.run()
 
     def _units(self, input_ids: Sequence[int]) -> list[int]:
         return units(input_ids, self._together)
 
-    def _copy_to_decode(self) -> None:
+    def _copy_to_decode(self, filled: int) -> None:
         """The filled slots of a prefill with buffers of its own, into the buffers the decode reads next."""
-        filled = max(map(len, self.cached))
         for each, written in self._prefill.buffers.held.items():
             self._decode.buffers.held[each][:, :, :filled] = written[:, :, :filled]
 

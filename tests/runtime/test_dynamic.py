@@ -25,6 +25,7 @@ from stillgraph.manifest import Alias, CheckpointSource, File, GraphEntry, Manif
 from stillgraph.ports import NEW, PAST, TOTAL, Port, input_ports, output_ports, past_names, present_names
 from stillgraph.session import Session
 from stillgraph.spec import GraphShape, LayerSpec, ModelSpec
+from tests.interrupts import interruptions
 
 V, C = 11, 16
 SHAPE = GraphShape(role="dynamic", max_len=C, ctx=C)
@@ -202,7 +203,7 @@ def test_presents_become_pasts_without_a_copy(bundle: Path) -> None:
     call = graphs._graph.call
     graphs._graph.call = lambda feeds: made.extend(call(feeds)) or made[-3:]  # type: ignore[method-assign]
     graphs.prefill([[1, 2, 3]])
-    assert [id(value) for value in graphs._past.values()] == [id(value) for value in made[1:]]
+    assert [id(value) for value in graphs._held.past.values()] == [id(value) for value in made[1:]]
 
 
 def test_a_prefill_that_is_to_be_unloaded_changes_nothing(bundle: Path) -> None:
@@ -262,3 +263,12 @@ def test_lengths_are_for_dynamic_graphs_alone(bundle: Path) -> None:
     path.write_text(path.read_text().replace(f'"{PAST}"', "16"))
     with pytest.raises(StillgraphError, match="do not fit the model"):
         load(bundle)
+
+
+def test_a_request_that_was_cut_off_poisons_none(bundle: Path) -> None:
+    engine, prompt = load(bundle), [4, 2, 9, 1]
+    known = [4, 2, 7]  # of which the cache keeps a part
+    for where in interruptions(
+        lambda: [*engine.stream(known, max_new_tokens=1), *engine.stream(prompt, max_new_tokens=3)]
+    ):
+        assert tokens(engine.stream(prompt, max_new_tokens=3)) == greedy(prompt, 3), where

@@ -17,8 +17,10 @@ from stillgraph.manifest import File, GraphEntry
 from stillgraph.messages import in_parts
 from stillgraph.ports import input_ports, output_ports
 from stillgraph.spec import GraphShape, ModelSpec, VisionSpec
+from stillgraph.vision import features
 from stillgraph.vision.embedder import Embedder
 from stillgraph.vision.features import Vision
+from tests.interrupts import interruptions
 
 T, HIDDEN, IMAGE = 3, 2, 7
 SPEC = VisionSpec(
@@ -208,3 +210,20 @@ def test_contents_in_parts(content: str, kinds: list[str | None]) -> None:
     message = in_parts({"role": "user", "content": content}, "<image>")
     assert [part.get("text") for part in message["content"]] == kinds
     assert [part["type"] for part in message["content"]] == ["text" if kind else "image" for kind in kinds]
+
+
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_an_interrupt_leaves_no_picture_in_anothers_place(
+    one_at_a_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "return_memory", nothing)  # it takes most of the time
+    pictures, ids = vision(Seer(), one_at_a_time), [*IDS, IMAGE, IMAGE, IMAGE]
+
+    def show(first: int, second: int) -> list[float]:
+        input_ids = pictures.place(ids, [first, second])  # type: ignore[list-item]
+        pictures.see([input_ids], nothing)
+        return rows_of(pictures, input_ids)
+
+    for where in interruptions(lambda: [show(10, 20), show(20, 30)]):
+        assert show(20, 40) == [-1, 20, 21, 22, -1, 40, 41, 42], where
+        assert show(10, 20) == [-1, 10, 11, 12, -1, 20, 21, 22], where
