@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from stillgraph.errors import StillgraphError
     from stillgraph.exporter.api import export  # noqa: TID251  # for types: it is imported when it is used
     from stillgraph.loading import load
+    from stillgraph.pool import Pool
     from stillgraph.row import Step
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Step", "StillgraphError", "__version__", "export", "load"]
+__all__ = ["Engine", "Pool", "Step", "StillgraphError", "__version__", "export", "load"]
 
 HOMES = {
     "Engine": "stillgraph.engine",
+    "Pool": "stillgraph.pool",
     "Step": "stillgraph.row",
     "StillgraphError": "stillgraph.errors",
     "export": "stillgraph.exporter.api",

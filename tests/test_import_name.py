@@ -73,7 +73,7 @@ def test_a_child_of_the_bench_among_folders_of_these_names(tiny_checkpoint, else
 
 
 def test_what_it_has() -> None:
-    names = {"Engine", "Step", "StillgraphError", "__version__", "export", "load"}
+    names = {"Engine", "Pool", "Step", "StillgraphError", "__version__", "export", "load"}
     assert set(stillgraph.__all__) == names
     assert all(getattr(stillgraph, name) for name in names)
     assert names <= set(dir(stillgraph))
