@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,17 @@ from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from stillgraph.errors import StillgraphError
+from stillgraph.errors import StillgraphError, first_line
 from stillgraph.messages import Message
 from stillgraph.tokenizer import read_json
 
+STEP, JOIN = "stillgraph_step", "stillgraph_join"  # names that no template has
+MOST_STEPS = 200_000  # a fifth of a second
+MOST_CHARACTERS = 16_000_000
 IMAGE_PART = re.compile(r"""(type['"]?\]?\s*==|equalto['"]\s*,)\s*['"]image['"]""")
 
 
@@ -34,10 +38,11 @@ class Template:
         self._special_tokens = dict(special_tokens)
         self.takes_parts = bool(IMAGE_PART.search(source))
         try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
+            self._template = _Limited().from_string(source)
+        except Exception as error:  # of the parser, of deep nesting, of Python's own compiler
             remedy = "correct chat_template.jinja in the bundle or use a plain prompt"
-            raise StillgraphError("read chat template", f"it is not valid ({error})", remedy) from error
+            problem = f"it is not valid ({first_line(error)})"
+            raise StillgraphError("read chat template", problem, remedy) from error
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -45,7 +50,8 @@ class Template:
         """The chat as text. It has the begin token already: encode it without adding special tokens.
 
         messages: dicts with role and content, JSON values only; variables: whatever else the template reads,
-        such as `tools`. Raises StillgraphError where the template refuses the messages.
+        such as `tools`. Raises StillgraphError where the template refuses the messages, and where it takes
+        over `MOST_STEPS` or makes a text of over `MOST_CHARACTERS`.
         """
         chat = [
             _reasoning({key: value for key, value in message.items() if value is not None})
@@ -53,19 +59,25 @@ class Template:
         ]
         named = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
-            return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **named)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            text = self._template.render(
+                messages=chat, add_generation_prompt=add_generation_prompt, **named, **{STEP: _steps()}
+            )
+        except Exception as error:  # a template can raise any
             remedy = "change the messages, or use a plain prompt"
-            raise StillgraphError(
-                "render chat template", f"it refuses the messages ({error})", remedy
-            ) from error
+            problem = f"it refuses the messages ({first_line(error)})"
+            raise StillgraphError("render chat template", problem, remedy) from error
+        return text
 
 
 def read_template(bundle: Path, special_tokens: Mapping[str, str]) -> Template:
     """The bundle's chat_template.jinja, or tokenizer_config.json's template. Raises StillgraphError."""
     path = bundle / "chat_template.jinja"
     if path.is_file():
-        return Template(path.read_text(encoding="utf-8"), special_tokens)
+        try:
+            return Template(path.read_text(encoding="utf-8"), special_tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"{path} cannot be read ({first_line(error)})"
+            raise StillgraphError("read chat template", problem, "export the bundle again") from error
     source = read_json(bundle / "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):  # several by name
         source = next((each["template"] for each in source if each.get("name") == "default"), None)
@@ -121,16 +133,72 @@ def _public(name: object) -> None:
         raise SecurityError(f"a namespace cannot hold {name!r}: its name begins with an underscore")
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment of transformers' `_compile_jinja_template`: templates are untrusted code."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
-    )
-    return environment
+class _Limited(ImmutableSandboxedEnvironment):
+    """The environment of transformers' `_compile_jinja_template`, with limits: templates are untrusted code.
+
+    A step is counted in each turn of a loop and in each call of a macro. What is joined, repeated or raised
+    to a power is looked at before it is made.
+    """
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.filters[JOIN] = _joined
+        self.globals.update(
+            raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
+        )
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        found: Iterator[Any] = template.find_all((nodes.For, nodes.Macro))
+        for node in found:
+            step = nodes.Call(nodes.Name(STEP, "load"), [], [], None, None)
+            node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
+        guarded: nodes.Template = _guarded(template)
+        return guarded
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(value) if isinstance(value, Sized) else value for value in (left, right)]
+        if operator == "*" and any(isinstance(value, Sized) for value in (left, right)):
+            _check_size(sizes[0] * sizes[1])
+        elif operator == "**":
+            _check_size(int(left).bit_length() * right if isinstance(left, int) else 0)
+        return super().call_binop(context, operator, left, right)
+
+
+def _guarded(node: Any) -> Any:
+    """A tree with `a ~ b` as a filter that looks at the length of what it joins."""
+    for name, value in node.iter_fields():
+        if isinstance(value, nodes.Node):
+            setattr(node, name, _guarded(value))
+        elif isinstance(value, list):
+            setattr(node, name, [_guarded(item) if isinstance(item, nodes.Node) else item for item in value])
+    if isinstance(node, nodes.Concat):
+        return nodes.Filter(nodes.List(node.nodes), JOIN, [], [], None, None).set_lineno(node.lineno)
+    return node
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    texts = [str(part) for part in parts]
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _check_size(characters: float) -> None:
+    if characters > MOST_CHARACTERS:
+        raise TemplateError(f"it makes a text of over {MOST_CHARACTERS} characters")
+
+
+def _steps() -> Callable[[], None]:
+    left = iter(range(MOST_STEPS))
+
+    def step() -> None:
+        if next(left, None) is None:
+            raise TemplateError(f"it takes over {MOST_STEPS} steps")
+
+    return step
 
 
 def _tojson(

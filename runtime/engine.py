@@ -186,6 +186,9 @@ class Engine:
         self, prompts: Sequence[Prompt], images: Sequence[Sequence[ImageSource]], options: Options
     ) -> Generator[tuple[int, Step]]:
         origin = time.perf_counter() - self.load_seconds
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            problem = f"prompts is of type {type(prompts).__name__}"
+            raise StillgraphError("read prompt", problem, "give a list of prompts")
         if not 1 <= len(prompts) <= self.graphs.rows:
             problem = f"{len(prompts)} prompts for graphs of {self.graphs.rows} rows"
             raise StillgraphError(

@@ -66,6 +66,9 @@ def load(
     """
     began = time.perf_counter()
     chosen = SessionChoice.of(threads, providers, session_options)
+    if not isinstance(bundle, str | os.PathLike):
+        problem = f"a bundle was given as {type(bundle).__name__}"
+        raise StillgraphError("load bundle", problem, "give the path of its folder")
     folder = Path(bundle)
     manifest = read(folder)
     check_files(folder, manifest, hashes=check_hashes)

@@ -46,6 +46,9 @@ class Prompts:
         Raises StillgraphError.
         """
         ids = self.ids(prompt)
+        if isinstance(images, str) or not isinstance(images, Sequence):
+            problem = f"images is of type {type(images).__name__}"
+            raise StillgraphError(STAGE, problem, "give a list of images")
         if self._vision is None:
             if images:
                 problem = f"{len(images)} images for {self._bundle}, whose model takes text alone"
@@ -60,7 +63,7 @@ class Prompts:
         if is_chat(prompt):
             ids = self.encode_chat(self.chat_text(prompt))
         elif isinstance(prompt, str):
-            ids = self._tokenizer().encode(self._expanded(prompt)) if prompt else []
+            ids = self._encode(prompt, special=True) if prompt else []
         else:
             ids = _token_ids(prompt)
         self._check(ids)
@@ -82,7 +85,7 @@ class Prompts:
 
     def encode_chat(self, text: str) -> list[int]:
         """Ids of text that a chat template rendered, which has its special tokens. Raises StillgraphError."""
-        return self._tokenizer().encode(self._expanded(text), special=False)
+        return self._encode(text, special=False)
 
     def user(self, content: str, images: int = 0) -> Message:
         """A user's message; marks of pictures that it lacks are put before it, a line each."""
@@ -91,8 +94,19 @@ class Prompts:
         return {"role": "user", "content": marks + content}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids without special tokens. Raises StillgraphError."""
-        return self._tokenizer().decode(ids)
+        """Text of ids without special tokens; of an id that is none, nothing. Raises StillgraphError."""
+        given = _token_ids(ids)
+        if wrong := [token for token in given if not 0 <= token < 1 << 32]:
+            raise StillgraphError("decode", f"token id {wrong[0]} is out of range", "give ids of 0 or more")
+        return self._tokenizer().decode(given)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"the text has half of a surrogate pair at character {error.start}"
+            raise StillgraphError(STAGE, problem, "give it as valid Unicode") from error
+        return self._tokenizer().encode(self._expanded(text), special)
 
     def _tokenizer(self) -> Text:
         if self._text is None:
@@ -128,11 +142,13 @@ def _token_ids(prompt: object) -> list[int]:
     """Ids of anything that iterates over integers: a list, an array of one dimension."""
     kind = f"a prompt of type {type(prompt).__name__}"
     try:
-        if isinstance(prompt, bytes | Mapping):
+        if isinstance(prompt, bytes | bytearray | memoryview | Mapping):
             raise TypeError
         tokens = list(prompt)  # type: ignore[call-overload]
         if tokens:
             kind += f" with {type(tokens[0]).__name__} in it"
+        if any(isinstance(token, bool) for token in tokens):
+            raise TypeError
         return [operator.index(token) for token in tokens]
     except TypeError:
         remedy = "give text, a list of token ids, or a list of messages"

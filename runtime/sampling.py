@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # options are checked before ONNX Runtime is imported
 
 # (scores [V], ids so far) -> scores [V], a new array
 Processor: TypeAlias = "Callable[[Array, Sequence[int]], Array]"
+COLDEST = 1e-30  # a temperature that still divides any logit without overflow; 1e-8 is as good as greedy
 # (logits [V], ids so far) -> (the next token, its log-probability)
 Choose: TypeAlias = "Callable[[Array, Sequence[int]], tuple[int, float]]"
 
@@ -44,8 +45,8 @@ class Sampling:
         if self.min_p is not None:
             _check("min_p", self.min_p, lambda value: 0 <= value <= 1, "between 0 and 1")
         if self.repetition_penalty is not None:
-            allowed = "over 0 (1 changes nothing)"
-            _check("repetition_penalty", self.repetition_penalty, lambda value: 0 < value < math.inf, allowed)
+            allowed = "1e-6 to 1e6 (1 changes nothing)"
+            _check("repetition_penalty", self.repetition_penalty, lambda value: 1e-6 <= value <= 1e6, allowed)
         if self.seed is not None and not is_count(self.seed, 0):
             _refuse("seed", self.seed, "0 or more")
 
@@ -146,6 +147,7 @@ def repetition_penalty(penalty: float | None) -> Processor:
 
 def temperature(value: float) -> Processor:
     """TemperatureLogitsWarper."""
+    value = max(value, COLDEST)
     return lambda scores, _: scores / value
 
 

@@ -242,3 +242,50 @@ def test_no_template(tmp_path: Path) -> None:
 def test_todays_date() -> None:
     rendered = Template(LLAMA, NAMES).render([USER])
     assert datetime.now().strftime("%b %Y") in rendered
+
+
+LOOP = "{% for i in range(99999) %}"
+HOSTILE = {
+    "no end": (LOOP * 3 + "{% endfor %}" * 3, "over 200000 steps"),
+    "no end and no loop": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "macros": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+        "over 200000 steps",
+    ),
+    "doubled": (
+        "{% set t = namespace(x='ab') %}{% for i in range(60) %}{% set t.x = t.x ~ t.x %}{% endfor %}",
+        "over 16000000 characters",
+    ),
+    "repeated": ("{{ 'a' * 10 ** 10 }}", "over 16000000 characters"),
+    "a list repeated": ("{{ 10 ** 10 * [1] }}", "over 16000000 characters"),
+    "a large power": ("{{ 7 ** (10 ** 9) }}", "over 16000000 characters"),
+    "a division": ("{{ 1 / 0 }}", "division by zero"),
+    "an overflow": ("{{ 2.0 ** 5000 }}", "out of range"),
+    "a lookup": ("{{ messages[7].content }}", "no element 7"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_fails_in_any_way_is_one_sentence(refused, name) -> None:
+    source, said = HOSTILE[name]
+    template = Template(source, {})
+    with refused("render chat template", said):
+        template.render([{"role": "user", "content": "a"}])
+
+
+def test_deep_nesting_does_not_parse(refused) -> None:
+    with refused("read chat template", "not valid"):
+        Template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", {})
+
+
+def test_joining_is_what_it_was() -> None:
+    template = Template(
+        "{{ 'a' ~ 1 ~ none ~ 2.5 ~ undefined_name ~ [1, 'b'] ~ (2 * 3) ~ 'c' * 2 ~ 2 ** 3 }}", {}
+    )
+    assert template.render([]) == "a1None2.5[1, 'b']6cc8"
+
+
+def test_bytes_that_are_no_text(tmp_path, refused) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ 1 }}\xff\xfe")
+    with refused("read chat template", "cannot be read", "export the bundle again"):
+        read_template(tmp_path, {})

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from stillgraph import load
 from stillgraph.errors import StillgraphError
 from stillgraph.sampling import Sampling
 
@@ -264,6 +265,19 @@ def test_more_prompts_than_rows_are_refused(engine_of) -> None:
     for images in ([[]], [[], [], ["c"]]):
         with pytest.raises(StillgraphError, match=f"images has {len(images)} lists for 2 prompts"):
             engine.stream_batch([[1], [2]], images=images)
+
+
+@pytest.mark.parametrize("prompts", [None, 5, "ab"])
+def test_a_batch_is_a_list_of_prompts(engine_of, refused, prompts) -> None:
+    engine, _ = engine_of()
+    with refused("read prompt", "prompts is of type", "give a list of prompts"):
+        engine.stream_batch(prompts)
+
+
+@pytest.mark.parametrize("bundle", [None, 5])
+def test_a_bundle_is_a_path(refused, bundle) -> None:
+    with refused("load bundle", "a bundle was given as", "give the path of its folder"):
+        load(bundle)
 
 
 def test_elapsed_leaves_loading_out(engine_of, monkeypatch) -> None:

@@ -74,6 +74,8 @@ WRONG_PROMPTS: list[tuple[Any, str]] = [
     (5, "a prompt of type int was given"),
     (None, "a prompt of type NoneType was given"),
     (b"ab", "a prompt of type bytes was given"),
+    (bytearray(b"ab"), "a prompt of type bytearray was given"),
+    ([True, False], "a prompt of type list with bool in it was given"),
     ({"role": "user", "content": "a"}, "a prompt of type dict was given"),
     (["a", "b"], "a prompt of type list with str in it was given"),
     ([1, 2.0], "a prompt of type list with int in it was given"),
@@ -86,6 +88,25 @@ WRONG_PROMPTS: list[tuple[Any, str]] = [
 def test_anything_else_is_one_sentence(tmp_path: Path, refused: Any, prompt: Any, said: str) -> None:
     with refused("read prompt", said, "give text, a list of token ids, or a list of messages"):
         prompts_of(tmp_path).ids(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800", [{"role": "user", "content": "a\udcff"}]])
+def test_half_a_surrogate_pair_is_one_sentence(tmp_path: Path, refused: Any, prompt: Any) -> None:
+    with refused("read prompt", "half of a surrogate pair at character", "give it as valid Unicode"):
+        prompts_of(tmp_path).ids(prompt)
+
+
+def test_what_cannot_be_decoded_is_one_sentence(tmp_path: Path, refused: Any) -> None:
+    with refused("read prompt", "list with float in it"):
+        prompts_of(tmp_path).decode([1.5])  # type: ignore[list-item]
+    with refused("decode", "token id -1 is out of range"):
+        prompts_of(tmp_path).decode([-1])
+
+
+@pytest.mark.parametrize("images", [5, "a.png"])
+def test_images_are_a_list(tmp_path: Path, refused: Any, images: Any) -> None:
+    with refused("read prompt", "images is of type", "give a list of images"):
+        prompts_of(tmp_path).read([5], images)
 
 
 WRONG_MESSAGES: list[tuple[list[Any], str]] = [

@@ -118,6 +118,14 @@ def test_draws_follow_the_distribution() -> None:
     np.testing.assert_allclose(counts / 4000, [0.5, 0.3, 0.15, 0.05], atol=4 * math.sqrt(0.25 / 4000))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-8, 1e-39, 1e-320])
+def test_next_to_no_temperature_is_greedy(temperature) -> None:
+    logits = np.random.default_rng(0).normal(0, 100, 50).astype(np.float32)
+    token, logprob = Sampler(Sampling(temperature=temperature, top_p=0.9, seed=0))(logits, IDS)
+    assert (token, logprob) == Sampler(Sampling())(logits, IDS)
+
+
 def test_draws_stay_within_what_is_kept() -> None:
     sampler = Sampler(Sampling(temperature=9.0, top_k=2, seed=0))
     assert {sampler(np.array([0.0, 4.0, 1.0, 3.0], np.float32), [0])[0] for _ in range(200)} == {1, 3}
@@ -144,6 +152,8 @@ def test_a_seed_repeats_and_another_does_not() -> None:
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"min_p": 1.1}, "min_p is 1.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty is 1e-45"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty is 1e"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
