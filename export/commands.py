@@ -16,10 +16,14 @@ from stillgraph.errors import StillgraphError
 from stillgraph.exporter.api import require_passed
 from stillgraph.exporter.checkpoint_folder import check_folder
 from stillgraph.exporter.console import Output
-from stillgraph.manifest import Manifest, check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import Manifest, read
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
+CheckHashes = Annotated[
+    bool, typer.Option("--check-hashes", help="Compare every file's SHA-256, not only its page sums.")
+]
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
 
 
@@ -74,13 +78,14 @@ def validate(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Every slot of ctx in every setting.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Random ids, optimized graphs only.")] = False,
+    check_hashes: CheckHashes = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle's files, in ONNX Runtime, with PyTorch. Exit code 1 when a bound is broken."""
     if full and quick:
         raise StillgraphError("validate", "--full and --quick were both given", "give one of them")
-    manifest = _checked(bundle)
+    manifest = _checked(bundle, check_hashes)
     check_folder(model or manifest.source.id)
     depth: Literal["quick", "default", "full"] = "full" if full else "quick" if quick else "default"
     output = Output(quiet, as_json)
@@ -92,9 +97,9 @@ def validate(
     require_passed(bundle, parity)
 
 
-def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
+def inspect(bundle: Bundle, check_hashes: CheckHashes = False, as_json: AsJson = False) -> None:
     """Show what is in a bundle: files, ops, memory, valid ranges, the last validation."""
-    _checked(bundle)
+    _checked(bundle, check_hashes)
     from stillgraph.exporter.bundle.inspection import inspect as look
     from stillgraph.exporter.bundle.inspection import tables
 
@@ -102,8 +107,8 @@ def inspect(bundle: Bundle, as_json: AsJson = False) -> None:
     Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))
 
 
-def _checked(bundle: Path) -> Manifest:
-    """A bundle's manifest, its files in place. Raises StillgraphError, before torch or onnx is imported."""
+def _checked(bundle: Path, hashes: bool = False) -> Manifest:
+    """A bundle's manifest, its files whole. Raises StillgraphError, before torch or onnx is imported."""
     manifest = read(bundle)
-    check_files(bundle, manifest)
+    check_files(bundle, manifest, hashes, sums=True)
     return manifest

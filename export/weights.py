@@ -12,6 +12,7 @@ import torch
 
 from stillgraph.exporter.ir.fold_weights import Tensors, Weight
 from stillgraph.manifest import File, Weights
+from stillgraph.page_cache import read_in
 from stillgraph.weight_tensor import WeightTensor
 
 WEIGHTS_FILE = "weights.data"
@@ -77,7 +78,8 @@ def write(
                 digest.update(part)
                 stream.write(part)
             advance(place.nbytes)
-    file = File(path=WEIGHTS_FILE, nbytes=path.stat().st_size, sha256=digest.hexdigest())
+    size, sums = path.stat().st_size, read_in(path)
+    file = File(path=WEIGHTS_FILE, nbytes=size, sha256=digest.hexdigest(), page_sums=sums)
     return Weights(file=file, tensors=known | placed)
 
 

@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from stillgraph.errors import StillgraphError
-from stillgraph.manifest import check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import read
 from stillgraph.metrics import PeakPss, Times, peak_rss_mb
 from stillgraph.options import MAX_NEW_TOKENS, Options
 from stillgraph.sampling import Sampling
@@ -43,6 +44,9 @@ Images = Annotated[
     typer.Option(help="A picture; again for each mark of one in the prompt, which a chat need not have."),
 ]
 Threads = Annotated[int | None, typer.Option(help="Default: every core this process may use.")]
+CheckHashes = Annotated[
+    bool, typer.Option("--check-hashes", help="Compare every file's SHA-256, not only its page sums.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Unload = Annotated[
     bool | None,
@@ -74,6 +78,7 @@ def run(
     stop: Stop = None,
     unload_prefill: Unload = None,
     threads: Threads = None,
+    check_hashes: CheckHashes = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the text.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -87,7 +92,7 @@ def run(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, image or []
     )
     with PeakPss() as peak:
-        engine = _load(bundle, unload_prefill, threads, quiet)
+        engine = _load(bundle, unload_prefill, threads, check_hashes, quiet)
         peak.sample()
         if isinstance(given, str) and chat:
             given = engine.ids([engine.prompts.user(given, len(options["images"]))])
@@ -115,6 +120,7 @@ def chat(
     stop: Stop = None,
     unload_prefill: Unload = None,
     threads: Threads = None,
+    check_hashes: CheckHashes = False,
     quiet: Quiet = False,
 ) -> None:
     """Chat, a line a turn. /image PATH shows a picture; /reset begins again; /exit ends, as does the input.
@@ -122,7 +128,7 @@ def chat(
     Each turn continues the cache of the turn before, where the bundle's prefill can.
     """
     options = _options(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, [])
-    engine = _load(bundle, unload_prefill, threads, quiet)
+    engine = _load(bundle, unload_prefill, threads, check_hashes, quiet)
     from stillgraph.conversation import Conversation
 
     conversation = Conversation(engine)
@@ -187,14 +193,16 @@ def _options(
     return {"max_new_tokens": max_new_tokens, "stop": stop, "images": images, **asdict(sampling)}
 
 
-def _load(bundle: Path, unload_prefill: bool | None, threads: int | None, quiet: bool) -> Engine:
+def _load(
+    bundle: Path, unload_prefill: bool | None, threads: int | None, check_hashes: bool, quiet: bool
+) -> Engine:
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
     check_files(bundle, read(bundle))  # what is no bundle is told before ONNX Runtime is imported
     from stillgraph.loading import load
 
     with Console(stderr=True, quiet=quiet).status(f"loading {bundle}"):
-        return load(bundle, unload_prefill=unload_prefill, threads=threads)
+        return load(bundle, unload_prefill=unload_prefill, threads=threads, check_hashes=check_hashes)
 
 
 def _read_prompt(text: str | None, file: str | None, token_ids: str | None, chat: bool) -> str | list[int]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveInt, ValidationError
 
 from stillgraph.cpu import cpu_name
-from stillgraph.manifest import File, GraphEntry, Manifest, sha256
+from stillgraph.files import damage, sha256
+from stillgraph.manifest import File, GraphEntry, Manifest
 from stillgraph.spec import Frozen
 
 if TYPE_CHECKING:  # the commands that only look at a bundle do not wait for ONNX Runtime
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # the commands that only look at a bundle do not wait for ONN
 
 COMPILED = "compiled"
 DESCRIPTION = "compiled.json"
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 Form = Literal["fp32", "blocks", "channels"]  # of a product: see export/compile/kernel_choice.py
 AGAIN = "run 'stillgraph compile' to make it again"
 
@@ -63,7 +64,7 @@ class Compiled(Frozen):
     products: what was timed, and chosen by it; of two graphs of one role only the chosen one is compiled.
     """
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     cpu: str
     onnxruntime: str
     packed: bool
@@ -99,7 +100,8 @@ class Found:
 def find(bundle: Path, manifest: Manifest, hashes: bool = False) -> Found:
     """The compiled folder that fits this CPU, this ONNX Runtime and these files of the bundle.
 
-    Sizes are checked always, hashes of the compiled files on request. Never raises because of what it finds.
+    Its description is checked against the hash beside the folder; sizes and page sums of its files are
+    checked always, their hashes on request. Never raises because of what it finds.
     """
     cpu = cpu_name()
     folder = bundle / COMPILED / cpu
@@ -111,12 +113,17 @@ def find(bundle: Path, manifest: Manifest, hashes: bool = False) -> Found:
         return Found(None, f"{bundle / COMPILED / others[0]} is not used: {why}.")
     try:
         compiled = read(folder)
-        problem = _misfit(compiled, manifest, cpu) or _damage(bundle, compiled, hashes)
-    except (OSError, ValueError) as error:  # a ValidationError and a JSONDecodeError are ValueErrors
+        problem = _misfit(compiled, manifest, cpu) or _damage(bundle, folder, compiled, hashes)
+    except (OSError, ValueError, RecursionError) as error:  # ValidationError, JSONDecodeError: ValueErrors
         problem = f"its {DESCRIPTION} cannot be read ({_brief(error)})"
     if problem:
         return Found(None, f"{folder} is not used: {problem}; {AGAIN}.")
     return Found(compiled)
+
+
+def seal(folder: Path) -> Path:
+    """Where the hash of a compiled folder's description is: outside the folder."""
+    return folder.with_name(f"{folder.name}.sha256")
 
 
 def read(folder: Path) -> Compiled:
@@ -175,19 +182,12 @@ def _misfit(compiled: Compiled, manifest: Manifest, cpu: str) -> str | None:
     return f"the {missing[0]} graph was added or changed since" if missing else None
 
 
-def _damage(bundle: Path, compiled: Compiled, hashes: bool) -> str | None:
+def _damage(bundle: Path, folder: Path, compiled: Compiled, hashes: bool) -> str | None:
     """What is wrong with the files, or None."""
-    for file in compiled.files():
-        path = bundle / file.path
-        if not path.is_file():
-            return f"{path.name} is missing"
-        if not path.resolve().is_relative_to(bundle.resolve()):
-            return f"{path.name} leaves the bundle"
-        if (size := path.stat().st_size) != file.nbytes:
-            return f"{path.name} has {size} bytes where {DESCRIPTION} says {file.nbytes}"
-        if hashes and sha256(path) != file.sha256:
-            return f"{path.name} does not have the hash in {DESCRIPTION}"
-    return None
+    if seal(folder).read_text(encoding="ascii").strip() != sha256(folder / DESCRIPTION):
+        return f"{DESCRIPTION} is damaged: it does not have the hash in {seal(folder).name}"
+    found = (damage(bundle, file, hashes, sums=True) for file in compiled.files())
+    return next((problem for problem in found if problem), None)
 
 
 def _brief(error: Exception) -> str:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
-from stillgraph.compiled import Compiled, Found, find, set_options
+from stillgraph.compiled import Compiled, CompiledGraph, Found, find, set_options
 from stillgraph.cpu import cpu_name, lacking
 from stillgraph.dynamic import GrowingGraph
 from stillgraph.engine import Engine
 from stillgraph.errors import StillgraphError
+from stillgraph.files import check_files
 from stillgraph.kv_cache import GraphPair, Graphs
-from stillgraph.manifest import GraphEntry, Manifest, check_files, read
-from stillgraph.page_cache import mappings, populate, read_in
+from stillgraph.manifest import GraphEntry, Manifest, read
+from stillgraph.page_cache import mappings, populate
 from stillgraph.session import Session
 from stillgraph.session_options import Provider, SessionChoice
 from stillgraph.session_options import session_options as make_options
@@ -47,10 +48,11 @@ def load(
     """Load a bundle, ready for a prompt. Raises StillgraphError. `with` or `close` gives its memory back.
 
     unload_prefill: hold one graph at a time in memory; None asks the environment for
-    UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: read every
-    file and compare its hash with the manifest's. compiled: False to ignore what 'stillgraph compile'
-    made. profile: a folder for ONNX Runtime's trace of each graph, `prefill_*.json` and `decode_*.json`,
-    written when the graph is unloaded; runs are slower by some microseconds a node.
+    UNLOAD_PREFILL_BEFORE_DECODE=1. threads: None for all cores this process may use. check_hashes: compare
+    every file's hash with the manifest's; else its page sums alone (`page_cache.read_in`), which takes a
+    tenth of a second a GB and sees all damage but what was made to be missed. compiled: False to ignore what
+    'stillgraph compile' made. profile: a folder for ONNX Runtime's trace of each graph, `prefill_*.json` and
+    `decode_*.json`, written when the graph is unloaded; runs are slower by some microseconds a node.
 
     providers: of ONNX Runtime, by name or as (name, options), the preferred one first; by default the CPU's.
     Validation covers the CPU's provider alone. Any other reads keys and values from one set of buffers in
@@ -71,7 +73,7 @@ def load(
         raise StillgraphError("load bundle", problem, "give the path of its folder")
     folder = Path(bundle)
     manifest = read(folder)
-    check_files(folder, manifest, hashes=check_hashes)
+    check_files(folder, manifest, hashes=check_hashes, sums=True)
     _check_machine(folder, manifest, chosen)
     one = os.environ.get("UNLOAD_PREFILL_BEFORE_DECODE") == "1" if unload_prefill is None else unload_prefill
     text = Text(folder, manifest.calling.tokens.bos) if (folder / "tokenizer.json").is_file() else None
@@ -80,12 +82,14 @@ def load(
         log.warning(found.reason)
     open_graph = _loader(folder, manifest, found.compiled, chosen, one, profile)
     pair = None if manifest.graph("dynamic") else _pair(folder, manifest, found.compiled)
-    data = found.compiled.data if found.compiled else None
-    read_in(folder / (data or manifest.weights.file).path)
     vision = _vision(folder, manifest, open_graph, one)
     if pair is not None and not chosen.on_cpu:
         pair = _apart(pair[0]), _apart(pair[1])
-    graphs = _graphs(folder, manifest, pair, open_graph, one, vision)
+    try:
+        graphs = _graphs(folder, manifest, pair, open_graph, one, vision)
+    except MemoryError as error:
+        problem = f"there is no memory for the cache and the buffers of {folder}"
+        raise StillgraphError("load bundle", problem, "export it with a smaller --ctx or --batch") from error
     graphs.load_seconds = time.perf_counter() - began - (vision.load_seconds if vision else 0.0)
     return Engine(manifest, graphs, text, folder, vision)
 
@@ -153,22 +157,29 @@ def _loader(
     profile: Path | None,
 ) -> Load:
     weights = folder / manifest.weights.file.path
-    pack = compiled.packed if compiled else manifest.precision != "fp32"
 
-    def open_graph(entry: GraphEntry) -> Session:
-        options = make_options(entry, pack, chosen, one_at_a_time)
-        file = entry.file
-        if compiled and (made := compiled.graph(entry)):
-            set_options(options, folder, compiled.packed)
+    def session(entry: GraphEntry, made: CompiledGraph | None) -> Session:
+        pack = compiled.packed if made and compiled else manifest.precision != "fp32"
+        options, file = make_options(entry, pack, chosen, one_at_a_time), entry.file
+        if made:
+            set_options(options, folder, pack)
             file = made.file
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile / entry.shape.role)
         former = mappings(weights)  # of the other graph, populated when that was loaded
-        session = Session(folder / file.path, entry, options, chosen.providers)
+        opened = Session(folder / file.path, entry, options, chosen.providers)
         if not pack:  # else there are copies, or packing has read every page
             populate(mappings(weights) - former)
-        return session
+        return opened
+
+    def open_graph(entry: GraphEntry) -> Session:
+        if compiled and (made := compiled.graph(entry)):
+            try:
+                return session(entry, made)
+            except StillgraphError as error:  # of ONNX Runtime: what was compiled is only there to be faster
+                log.warning("The bundle's own graph is used: %s", error)
+        return session(entry, None)
 
     return open_graph
 

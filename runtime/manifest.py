@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -18,13 +17,13 @@ from pydantic import (
 )
 
 from stillgraph.calling import Calling
-from stillgraph.errors import StillgraphError
+from stillgraph.errors import StillgraphError, first_line
 from stillgraph.ports import Port, PortRole, input_ports, of_role, output_ports
 from stillgraph.remake import remaking_command
 from stillgraph.spec import Frozen, GraphShape, ModelSpec
 from stillgraph.weight_tensor import WeightTensor
 
-FORMAT_VERSION: Literal[4] = 4
+FORMAT_VERSION: Literal[5] = 5
 MANIFEST = "manifest.json"
 
 Target = Literal["portable", "onnxruntime"]
@@ -44,11 +43,16 @@ RelativePath = Annotated[str, AfterValidator(_inside)]
 
 
 class File(Frozen):
-    """A file of the bundle: path relative to it, size in bytes, SHA-256 of its content."""
+    """A file of the bundle: path relative to it, size in bytes, SHA-256 of its content.
+
+    page_sums: compared at each loading, as that costs next to nothing; `page_cache.read_in` says what they
+    are.
+    """
 
     path: RelativePath
     nbytes: NonNegativeInt
     sha256: Sha256
+    page_sums: Sha256 | None = None
 
 
 class Weights(Frozen):
@@ -184,7 +188,7 @@ class Requires(Frozen):
 class Manifest(Frozen):
     """`manifest.json`. Unknown keys are errors; another format version is refused."""
 
-    format_version: Literal[4] = FORMAT_VERSION
+    format_version: Literal[5] = FORMAT_VERSION
     source: CheckpointSource
     model: ModelSpec
     target: Target
@@ -241,10 +245,9 @@ def read(bundle: Path) -> Manifest:
         raise StillgraphError(
             "load bundle", f"{bundle}: {what}", "name a folder made by 'stillgraph export'"
         ) from None
-    except (OSError, ValueError) as error:
-        raise StillgraphError(
-            "load bundle", f"{path} is not JSON ({error})", "export the bundle again"
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{path} is not JSON ({first_line(error)})"
+        raise StillgraphError("load bundle", problem, "export the bundle again") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise _other_version(path, raw, version)
@@ -267,28 +270,6 @@ def _other_version(path: Path, raw: Any, version: object) -> StillgraphError:
     # In backticks, since a path with a space has quotes of its own.
     again = f"make it anew with `{remaking_command(raw, path.parent)}`"
     return StillgraphError("load bundle", problem, again)
-
-
-def check_files(bundle: Path, manifest: Manifest, hashes: bool = False) -> None:
-    """Check that every file is there with its size and, on request, its hash. Raises StillgraphError."""
-    for file in manifest.all_files():
-        path = bundle / file.path
-        if not path.is_file():
-            raise StillgraphError("load bundle", f"{path} is missing", "export the bundle again")
-        if not path.resolve().is_relative_to(bundle.resolve()):
-            raise StillgraphError("load bundle", f"{path} leaves the bundle", "copy the file into the bundle")
-        if (size := path.stat().st_size) != file.nbytes:
-            problem = f"{path} has {size} bytes where the manifest says {file.nbytes}"
-            raise StillgraphError("load bundle", problem, "copy or export the bundle again")
-        if hashes and sha256(path) != file.sha256:
-            raise StillgraphError(
-                "load bundle", f"{path} does not have the manifest's hash", "export the bundle again"
-            )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def json_schema() -> str:

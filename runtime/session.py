@@ -45,6 +45,25 @@ class Session:
             raise StillgraphError(
                 "load graph", problem, "check the bundle with 'stillgraph inspect'"
             ) from error
+        self._check_ports(path)
+
+    def _check_ports(self, path: Path) -> None:
+        """Whether the graph takes and gives what the manifest says. Raises StillgraphError."""
+        has = self._session.get_inputs() + self._session.get_outputs()
+        shapes = {value.name: tuple(value.shape) for value in has}
+        for port in self.entry.inputs + self.entry.outputs:
+            found = shapes.get(port.name)
+            same = (
+                found is not None
+                and len(found) == len(port.shape)
+                and all(
+                    there == said or not isinstance(there, int)
+                    for there, said in zip(found, port.shape, strict=True)
+                )
+            )
+            if not same:
+                problem = f"{path} has {port.name} as {found} and the manifest says {tuple(port.shape)}"
+                raise StillgraphError("load graph", problem, "export the bundle again")
 
     def bind(self, arrays: Mapping[str, Array]) -> Callable[[], None]:
         """See `Runner`. The arrays are bound in place: nothing is copied before or after a run."""

@@ -32,18 +32,16 @@ from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, check, sa
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.staging import staged
 from stillgraph.exporter.trace.tracing import convert
+from stillgraph.files import check_files, describe
 from stillgraph.manifest import (
     MANIFEST,
     Alias,
     CheckpointSource,
-    File,
     GraphEntry,
     Manifest,
     Requires,
     Weights,
-    check_files,
     read,
-    sha256,
 )
 from stillgraph.ports import input_ports, output_ports, past_names, present_names
 from stillgraph.spec import GraphShape
@@ -251,8 +249,3 @@ def _manifest(
         calling=called,
         files=(*files, describe(folder, folder / SIMPLIFY_REPORT)),
     )
-
-
-def describe(folder: Path, path: Path) -> File:
-    """The manifest's entry of a file in a bundle's folder."""
-    return File(path=path.relative_to(folder).as_posix(), nbytes=path.stat().st_size, sha256=sha256(path))

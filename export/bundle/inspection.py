@@ -16,7 +16,8 @@ from rich.table import Table
 from stillgraph.compiled import Found, Products, find
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.compile.product_times import product_table
-from stillgraph.manifest import GraphEntry, Manifest, Quantization, Validation, check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import GraphEntry, Manifest, Quantization, Validation, read
 from stillgraph.ports import ITEM_SIZE
 from stillgraph.spec import Frozen, GraphShape, LayerSpec, cache_shape
 

@@ -10,12 +10,13 @@ import onnx
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
-from stillgraph.exporter.bundle.build import SIMPLIFY_REPORT, carry_over, describe
+from stillgraph.exporter.bundle.build import SIMPLIFY_REPORT, carry_over
 from stillgraph.exporter.bundle.needs import of_nodes
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, same_outputs, simplify
 from stillgraph.exporter.staging import staged
-from stillgraph.manifest import MANIFEST, File, GraphEntry, Manifest, check_files, read
+from stillgraph.files import check_files, describe
+from stillgraph.manifest import MANIFEST, File, GraphEntry, Manifest, read
 from stillgraph.spec import Frozen
 
 STAGE = "simplify"

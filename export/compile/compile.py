@@ -26,6 +26,7 @@ from stillgraph.compiled import (
     CompiledGraph,
     Products,
     read,
+    seal,
     set_options,
 )
 from stillgraph.cpu import available_cores, cpu_name
@@ -42,7 +43,8 @@ from stillgraph.exporter.compile.prepacked import (
 )
 from stillgraph.exporter.ort import session_options
 from stillgraph.exporter.staging import staged_file
-from stillgraph.manifest import File, GraphEntry, Manifest, check_files, sha256
+from stillgraph.files import check_files, describe, sha256
+from stillgraph.manifest import File, GraphEntry, Manifest
 from stillgraph.manifest import read as read_manifest
 
 STAGE = "compile"
@@ -84,7 +86,9 @@ def compile_bundle(bundle: Path, say: Say, pack_fp32: bool = False) -> Compiled:
     with _disk_errors(job.folder), _claimed(job.folder):
         _check_space(job)
         compiled = _compile(job, say)
+        seal(job.folder).unlink(missing_ok=True)
         staged_file(job.folder / DESCRIPTION, compiled.to_json())
+        staged_file(seal(job.folder), sha256(job.folder / DESCRIPTION) + "\n")
     return compiled
 
 
@@ -201,7 +205,7 @@ def _keep(job: Job, path: Path, name: str, suffix: str) -> File:
     keeps its own."""
     digest = sha256(path)
     final = path.replace(job.folder / f"{name}-{digest[:8]}{suffix}")
-    return File(path=final.relative_to(job.bundle).as_posix(), nbytes=final.stat().st_size, sha256=digest)
+    return describe(job.bundle, final)
 
 
 def _rehearse(job: Job, entry: GraphEntry, file: File) -> float:
@@ -245,6 +249,8 @@ def _claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         _clean(folder)
+        if not any(folder.iterdir()):
+            seal(folder).unlink(missing_ok=True)
         for empty in (folder, folder.parent):
             if not any(empty.iterdir()):
                 empty.rmdir()
@@ -256,7 +262,7 @@ def _clean(folder: Path) -> None:
     """Remove what the description in a folder does not name."""
     try:
         kept = {Path(file.path).name for file in read(folder).files()} | {DESCRIPTION}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         kept = set()
     for path in list(folder.iterdir()):
         if path.name not in kept:

@@ -37,7 +37,8 @@ from stillgraph.exporter.validate.quality import recall, summarize, walk, walked
 from stillgraph.exporter.validate.reference import Reference, exact_reference, reference
 from stillgraph.exporter.validate.replay import Replay
 from stillgraph.exporter.validate.report import Agreement, CaseResult, Parity, TextKind, agree
-from stillgraph.manifest import MANIFEST, Manifest, Quality, check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import MANIFEST, Manifest, Quality, read
 
 STAGE = "validate"
 QUICK_WALK = 256  # tokens of a text for the quality of weights

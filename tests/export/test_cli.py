@@ -15,7 +15,8 @@ import pytest
 from stillgraph import cli
 from stillgraph.exporter.validate.metrics import Comparison
 from stillgraph.exporter.validate.report import CaseResult, Parity
-from stillgraph.manifest import Validation, check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import Validation, read
 
 SIZES = ["--max-len", "8", "--ctx", "16"]
 

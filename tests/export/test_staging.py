@@ -19,7 +19,8 @@ from stillgraph.exporter import staging
 from stillgraph.exporter.bundle import build
 from stillgraph.exporter.config import ExportConfig
 from stillgraph.exporter.staging import staged, staged_file
-from stillgraph.manifest import MANIFEST, check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import MANIFEST, read
 from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]

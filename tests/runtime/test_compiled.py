@@ -10,9 +10,10 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
-from stillgraph import compiled
-from stillgraph.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, find, set_options
-from stillgraph.manifest import File, Manifest, read, sha256
+from stillgraph import compiled, load
+from stillgraph.compiled import COMPILED, DESCRIPTION, Compiled, CompiledGraph, find, seal, set_options
+from stillgraph.files import describe, sha256
+from stillgraph.manifest import read
 
 CPU = "this-cpu"
 Change = Callable[[Path, Path], None]  # given the bundle and its compiled folder
@@ -30,26 +31,23 @@ def bundle(bundle_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> P
     for entry in manifest.graphs.values():
         path = folder / f"compiled-{entry.file.path}"
         path.write_bytes((bundle / entry.file.path).read_bytes())
-        graphs.append(CompiledGraph(source=entry.file, file=described(bundle, path), worst_difference=0.0))
+        graphs.append(CompiledGraph(source=entry.file, file=describe(bundle, path), worst_difference=0.0))
     description = Compiled(
         cpu=CPU,
         onnxruntime=ort.__version__,
         packed=True,
         weights=manifest.weights.file,
         graphs=tuple(graphs),
-        data=described(bundle, folder / "packed.data"),
+        data=describe(bundle, folder / "packed.data"),
     )
     (folder / DESCRIPTION).write_text(description.to_json())
+    seal(folder).write_text(sha256(folder / DESCRIPTION))
     return bundle
-
-
-def described(bundle: Path, path: Path) -> File:
-    name = path.relative_to(bundle).as_posix()
-    return File(path=name, nbytes=path.stat().st_size, sha256=sha256(path))
 
 
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    seal(path.parent).write_text(sha256(path))
 
 
 def test_one_that_fits_is_used(bundle: Path) -> None:
@@ -105,7 +103,7 @@ def elsewhere(bundle: Path, folder: Path) -> None:
 
 
 def newer(bundle: Path, folder: Path) -> None:
-    edit(folder / DESCRIPTION, format_version=3)
+    edit(folder / DESCRIPTION, format_version=4)
 
 
 def unknown_key(bundle: Path, folder: Path) -> None:
@@ -118,6 +116,15 @@ def no_json(bundle: Path, folder: Path) -> None:
 
 def no_object(bundle: Path, folder: Path) -> None:
     (folder / DESCRIPTION).write_text("[]")
+
+
+def nested(bundle: Path, folder: Path) -> None:
+    (folder / DESCRIPTION).write_text("[" * 200_000)
+
+
+def retold(bundle: Path, folder: Path) -> None:
+    text = (folder / DESCRIPTION).read_text()
+    (folder / DESCRIPTION).write_text(text.replace('"packed": true', '"packed": false'))
 
 
 def no_description(bundle: Path, folder: Path) -> None:
@@ -155,13 +162,15 @@ def of_another_graph(bundle: Path, folder: Path) -> None:
         (older, f"it was made by onnxruntime 1.0.0 and this is {ort.__version__}"),
         (renamed, f"it was made on their-cpu and this is {CPU}"),
         (elsewhere, f"{COMPILED}/their-cpu is not used: it is for another CPU, and this one is {CPU}"),
-        (newer, f"its {DESCRIPTION} cannot be read (format version 3 where this stillgraph understands 2)"),
+        (newer, f"its {DESCRIPTION} cannot be read (format version 4 where this stillgraph understands 3)"),
         (unknown_key, f"its {DESCRIPTION} cannot be read (surprise: Extra inputs are not permitted)"),
         (no_json, f"its {DESCRIPTION} cannot be read ("),
         (no_object, f"its {DESCRIPTION} cannot be read (format version None"),
         (no_description, f"its {DESCRIPTION} cannot be read (No such file or directory)"),
         (missing, "packed.data is missing"),
-        (cut, f"packed.data has 4 bytes where {DESCRIPTION} says 6"),
+        (nested, f"its {DESCRIPTION} cannot be read ("),
+        (retold, f"{DESCRIPTION} is damaged: it does not have the hash in {CPU}.sha256"),
+        (cut, "packed.data has 4 bytes where 6 are expected"),
         (outside, "packed.data leaves the bundle"),
         (of_other_weights, "the bundle's weights have changed since"),
         (of_another_graph, "the decode graph was added or changed since"),
@@ -178,10 +187,38 @@ def test_one_that_does_not_fit_is_not_used(bundle: Path, change: Change, words: 
     assert found.reason.endswith(".")
 
 
-def test_a_changed_byte_is_found_on_request(bundle: Path) -> None:
+def test_a_changed_byte_is_found(bundle: Path) -> None:
     (bundle / COMPILED / CPU / "packed.data").write_bytes(b"pAcked")
-    manifest: Manifest = read(bundle)
-    assert find(bundle, manifest).compiled is not None
-    reason = find(bundle, manifest, hashes=True).reason
+    reason = find(bundle, read(bundle)).reason
     assert reason is not None
-    assert f"packed.data does not have the hash in {DESCRIPTION}" in reason
+    assert "packed.data is damaged: it does not have the page sums" in reason
+
+
+def test_what_page_sums_cannot_see_is_found_on_request(bundle: Path) -> None:
+    folder = bundle / COMPILED / CPU
+    raw = json.loads((folder / DESCRIPTION).read_text())
+    raw["data"]["sha256"] = "1" * 64
+    edit(folder / DESCRIPTION, **raw)
+    assert find(bundle, read(bundle)).compiled is not None
+    reason = find(bundle, read(bundle), hashes=True).reason
+    assert reason is not None
+    assert "packed.data is damaged: it does not have the hash" in reason
+
+
+def test_a_compiled_graph_that_does_not_load_is_left_for_the_bundles_own(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever ONNX Runtime does not like about it, though its hash is right."""
+    folder = bundle / COMPILED / CPU
+    raw = json.loads((folder / DESCRIPTION).read_text())
+    expected = [step.token for step in load(bundle, compiled=False).stream([3, 1, 4], max_new_tokens=4)]
+    for graph in raw["graphs"]:
+        path = bundle / graph["file"]["path"]
+        path.write_bytes(b"no graph")
+        graph["file"] = describe(bundle, path).model_dump()
+    edit(folder / DESCRIPTION, graphs=raw["graphs"])
+    engine = load(bundle)
+    assert [step.token for step in engine.stream([3, 1, 4], max_new_tokens=4)] == expected
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "The bundle's own graph is used"
+    ] * 2

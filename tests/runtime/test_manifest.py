@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from stillgraph import load
 from stillgraph.errors import StillgraphError
-from stillgraph.manifest import Manifest, check_files, json_schema, read
+from stillgraph.files import check_files
+from stillgraph.manifest import Manifest, json_schema, read
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def test_a_manifest_reads_as_it_was_written(bundle_of) -> None:
     [
         (lambda raw: raw.update(color="red"), "color: Extra inputs"),
         (lambda raw: raw["graphs"]["decode"].update(color="red"), "graphs.decode.color: Extra inputs"),
-        (lambda raw: raw.update(format_version=3), "format version 3 and this stillgraph understands 4"),
-        (lambda raw: raw.update(format_version=5), "format version 5 and this stillgraph understands 4"),
+        (lambda raw: raw.update(format_version=4), "format version 4 and this stillgraph understands 5"),
+        (lambda raw: raw.update(format_version=6), "format version 6 and this stillgraph understands 5"),
         (lambda raw: raw.update(quantization={"block_size": 0}), "quantization.block_size: Input should be"),
         (lambda raw: raw["graphs"]["decode"]["shape"].update(slack=8), "do not fit the model"),
         (lambda raw: raw.pop("format_version"), "format version None"),
@@ -62,7 +64,12 @@ def test_a_manifest_reads_as_it_was_written(bundle_of) -> None:
             "requires.onnxruntime: String should match",
         ),
         (lambda raw: raw["weights"]["file"].update(path="gone.data"), "gone.data is missing"),
-        (lambda raw: raw["weights"]["file"].update(nbytes=5), "has 4 bytes where the manifest says 5"),
+        (lambda raw: raw["weights"]["file"].update(path="a" * 5000), "aaaa cannot be read"),
+        (
+            lambda raw: raw["weights"]["file"].update(page_sums="1" * 64),
+            "damaged: it does not have the page sums",
+        ),
+        (lambda raw: raw["weights"]["file"].update(nbytes=5), "has 4 bytes where 5 are expected"),
     ],
 )
 def test_a_manifest_that_is_not_right_is_refused(edited, change, said) -> None:
@@ -75,8 +82,24 @@ def test_a_manifest_that_is_not_right_is_refused(edited, change, said) -> None:
 def test_hashes_are_checked_on_request(edited) -> None:
     bundle = edited(lambda raw: raw["weights"]["file"].update(sha256="f" * 64))
     load(bundle)
-    with pytest.raises(StillgraphError, match="does not have the manifest's hash"):
+    with pytest.raises(StillgraphError, match=r"weights\.data is damaged: it does not have the hash"):
         load(bundle, check_hashes=True)
+
+
+def test_a_ctx_that_the_graph_does_not_have(bundle_of) -> None:
+    bundle = bundle_of()
+    path = bundle / "manifest.json"
+    path.write_text(re.sub(r"\b64\b", "48", path.read_text()))
+    with pytest.raises(StillgraphError, match=r"load graph: .* and the manifest says \(1, 1, 48, 1\)"):
+        load(bundle)
+
+
+def test_a_cache_that_memory_does_not_hold(bundle_of) -> None:
+    bundle = bundle_of()
+    path = bundle / "manifest.json"
+    path.write_text(re.sub(r"\b64\b", str(1 << 60), path.read_text()))
+    with pytest.raises(StillgraphError, match="load bundle: there is no memory for the cache"):
+        load(bundle)
 
 
 def test_a_link_out_of_the_bundle_is_refused(bundle_of, tmp_path: Path) -> None:
@@ -94,6 +117,9 @@ def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(StillgraphError, match=r"has no manifest\.json"):
         load(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StillgraphError, match="is not JSON"):
+        load(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(StillgraphError, match="is not JSON"):
         load(tmp_path)
     (tmp_path / "manifest.json").write_text("[]")
@@ -125,4 +151,4 @@ def test_a_graph_that_is_no_graph(bundle_of) -> None:
 def test_the_json_schema_refuses_unknown_keys_too() -> None:
     schema = json.loads(json_schema())
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["format_version"]["const"] == 4
+    assert schema["properties"]["format_version"]["const"] == 5

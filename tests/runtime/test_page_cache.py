@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
 import os
+import random
 import re
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from stillgraph import loading, page_cache
+from stillgraph import files, loading, page_cache
+from stillgraph.files import describe
+from stillgraph.manifest import read
 from stillgraph.page_cache import mappings, populate, read_in
 
 PAGES = 256
@@ -71,14 +75,48 @@ def test_huge_pages_are_asked_for_before_the_first_byte(tmp_path: Path, monkeypa
 
 def test_a_load_reads_the_weights_in(bundle_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[Path]()
-    monkeypatch.setattr(loading, "read_in", asked.append)
+    monkeypatch.setattr(files, "read_in", lambda path: asked.append(path) or read_in(path))
     bundle = bundle_of()
+    manifest = read(bundle)
+    weights = manifest.weights.model_copy(update={"file": describe(bundle, bundle / "weights.data")})
+    (bundle / "manifest.json").write_text(manifest.model_copy(update={"weights": weights}).to_json())
+    asked.clear()
     loading.load(bundle, threads=1)
     assert asked == [bundle / "weights.data"]
 
 
-def test_a_file_that_cannot_be_read_in_is_left_to_the_session(tmp_path: Path) -> None:
-    read_in(tmp_path / "missing")
+def naive(data: bytes) -> str:
+    """By the description, number by number."""
+    digest = hashlib.sha256()
+    for start in range(0, len(data), 4096):
+        page = data[start : start + 4096].ljust(4096, b"\0")
+        words = [int.from_bytes(page[at : at + 8], "little") for at in range(0, 4096, 8)]
+        digest.update((sum(words) % 2**64).to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 4095, 4096, 4097, (1 << 16) - 3, (1 << 16) + 4096 + 5])
+def test_page_sums_are_those_of_the_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(page_cache, "STEP", 1 << 16)
+    data = bytes(random.Random(size).randbytes(size))
+    (tmp_path / "any").write_bytes(data)
+    assert read_in(tmp_path / "any") == naive(data)
+
+
+def test_page_sums_see_every_flipped_bit_and_every_moved_page(tmp_path: Path) -> None:
+    data, path = random.Random(0).randbytes(3 * 4096), tmp_path / "any"
+    path.write_bytes(data)
+    right = read_in(path)
+    damaged = [data[4096:] + data[:4096], data[:4096] * 3, data[:8192] + bytes(4096)]
+    for bit in random.Random(1).sample(range(8 * len(data)), 300):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(changed))
+    for content in damaged:
+        path.write_bytes(content)
+        assert read_in(path) != right
 
 
 @LINUX

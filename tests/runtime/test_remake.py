@@ -96,9 +96,9 @@ def test_the_command_is_one_that_the_export_has() -> None:
 
 
 def test_a_newer_bundle_asks_for_a_newer_stillgraph(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"format_version": 5}')
+    (tmp_path / "manifest.json").write_text('{"format_version": 6}')
     with pytest.raises(
-        StillgraphError, match=r"version 5 and this stillgraph understands 4; upgrade with 'pip"
+        StillgraphError, match=r"version 6 and this stillgraph understands 5; upgrade with 'pip"
     ):
         read(tmp_path)
 

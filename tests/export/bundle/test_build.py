@@ -16,7 +16,8 @@ from stillgraph.exporter.bundle import build as under_test
 from stillgraph.exporter.bundle import calling
 from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.config import ExportConfig
-from stillgraph.manifest import Manifest, check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import Manifest, read
 from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]

@@ -15,16 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from stillgraph.calling import Calling, Tokens
-from stillgraph.manifest import (
-    MANIFEST,
-    Alias,
-    CheckpointSource,
-    File,
-    GraphEntry,
-    Manifest,
-    Weights,
-    sha256,
-)
+from stillgraph.files import sha256
+from stillgraph.manifest import MANIFEST, Alias, CheckpointSource, File, GraphEntry, Manifest, Weights
 from stillgraph.ports import input_ports, output_ports
 from stillgraph.spec import GraphShape, LayerSpec, ModelSpec
 

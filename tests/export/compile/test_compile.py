@@ -23,7 +23,8 @@ from stillgraph.exporter.compile import compile as compiling
 from stillgraph.exporter.compile.check import compare
 from stillgraph.exporter.compile.compile import compile_bundle
 from stillgraph.exporter.compile.prepacked import PackedFile, external
-from stillgraph.manifest import MANIFEST, File, check_files, read, sha256
+from stillgraph.files import check_files, sha256
+from stillgraph.manifest import MANIFEST, File, read
 
 Refused = Callable[..., AbstractContextManager[None]]
 Bundle = Callable[..., Path]

@@ -27,7 +27,8 @@ from stillgraph.exporter.config import ExportConfig, dynamic_shape, request
 from stillgraph.exporter.ir.simplify import FORBIDDEN, static_problem
 from stillgraph.exporter.trace.graphs import masks
 from stillgraph.exporter.validate.validate import validate
-from stillgraph.manifest import check_files, read
+from stillgraph.files import check_files
+from stillgraph.manifest import read
 from stillgraph.ports import NEW, PAST, TOTAL, past_names, present_names
 from stillgraph.spec import GraphShape
 

@@ -18,7 +18,8 @@ from stillgraph.exporter.validate.gates import Check, Gate, gate
 from stillgraph.exporter.validate.measures import Measured
 from stillgraph.exporter.validate.metrics import Magnitudes
 from stillgraph.exporter.validate.validate import validate
-from stillgraph.manifest import MANIFEST, File, Manifest, read, sha256
+from stillgraph.files import sha256
+from stillgraph.manifest import MANIFEST, File, Manifest, read
 
 Bundle = Callable[..., Path]
 Checkpoint = Callable[..., Path]

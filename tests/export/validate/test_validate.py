@@ -18,7 +18,8 @@ from stillgraph.exporter.validate.cases import edges, make_plans, positions
 from stillgraph.exporter.validate.gates import gate
 from stillgraph.exporter.validate.metrics import cache_error, compare
 from stillgraph.exporter.validate.validate import validate
-from stillgraph.manifest import MANIFEST, File, Manifest, read, sha256
+from stillgraph.files import sha256
+from stillgraph.manifest import MANIFEST, File, Manifest, read
 
 Bundle = Callable[..., Path]
 WINDOW = 5  # of the tiny checkpoints

@@ -1,0 +1,50 @@
+"""A bundle's files: described when they are written, checked when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import File, Manifest
+from stillgraph.page_cache import read_in
+
+
+def check_files(bundle: Path, manifest: Manifest, hashes: bool = False, sums: bool = False) -> None:
+    """Check that every file is there with its size. Raises StillgraphError.
+
+    sums: and its page sums, which reads it into the page cache; hashes: and its hash.
+    """
+    for file in manifest.all_files():
+        if problem := damage(bundle, file, hashes, sums):
+            raise StillgraphError("load bundle", problem, "copy or export the bundle again")
+
+
+def damage(bundle: Path, file: File, hashes: bool = False, sums: bool = False) -> str | None:
+    """What is wrong with a file, or None. hashes, sums: as for `check_files`."""
+    path = bundle / file.path
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        if not path.resolve().is_relative_to(bundle.resolve()):
+            return f"{path} leaves the bundle"
+        if (size := path.stat().st_size) != file.nbytes:
+            return f"{path} has {size} bytes where {file.nbytes} are expected"
+        if sums and file.page_sums is not None and read_in(path) != file.page_sums:
+            return f"{path} is damaged: it does not have the page sums that it was written with"
+        if hashes and sha256(path) != file.sha256:
+            return f"{path} is damaged: it does not have the hash that it was written with"
+    except OSError as error:
+        return f"{path!s:.300} cannot be read ({error.strerror or error})"
+    return None
+
+
+def describe(bundle: Path, path: Path) -> File:
+    """The entry of a file in a bundle's folder."""
+    name, nbytes = path.relative_to(bundle).as_posix(), path.stat().st_size
+    return File(path=name, nbytes=nbytes, sha256=sha256(path), page_sums=read_in(path))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
