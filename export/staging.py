@@ -21,10 +21,18 @@ RENAME_EXCHANGE = 2
 def staged(place: Path) -> Iterator[Path]:
     """Yield an empty folder beside `place`; on leaving without an error it becomes `place`.
 
-    However the process ends before that, `place` keeps its old content. Folders left behind by processes that
-    are gone are removed. Raises StillgraphError where `place` is something else than a bundle.
+    However the process ends before that, `place` keeps its old content, and power may fail from then on: all
+    is on the disk before it moves. Folders left behind by processes that are gone are removed. Raises
+    StillgraphError where `place` is something else than a bundle, where another process is writing it, and
+    where it has changed meanwhile.
     """
     check_place(place)
+    with _alone(place):
+        yield from _staged(place)
+
+
+def _staged(place: Path) -> Iterator[Path]:
+    former = _manifest(place)
     real = place.resolve()  # a link to a bundle stays a link
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +43,13 @@ def staged(place: Path) -> Iterator[Path]:
         raise StillgraphError("write bundle", f"{place}: {error.strerror}", "give another --out") from error
     try:
         yield staging
+        if _manifest(place) != former:
+            problem = f"{place} was changed by another process meanwhile"
+            raise StillgraphError("write bundle", problem, "run the command again")
+        for path in staging.rglob("*"):
+            _sync(path)
         _move(staging, real)
+        _sync(real.parent)
     except OSError as error:
         problem = f"{place}: {error.strerror or error}"
         raise StillgraphError("write bundle", problem, "free space or give another --out") from error
@@ -51,9 +65,54 @@ def check_place(place: Path) -> None:
 
 def staged_file(path: Path, content: str) -> None:
     """Write a text file in one step: a reader, or a crash, sees the previous content or the new."""
+    _remove_leftovers(path)
     staging = path.with_name(f".{path.name}.staging-{os.getpid()}")
-    staging.write_text(content, encoding="utf-8")
-    staging.replace(path)
+    try:
+        staging.write_text(content, encoding="utf-8")
+        _sync(staging)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """While no other process writes this bundle, where it exists and the system has such locks."""
+    if sys.platform == "win32" or not place.is_dir():
+        yield
+        return
+    import fcntl
+
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        os.close(handle)
+        problem = f"another process is writing {place}"
+        raise StillgraphError("write bundle", problem, "wait for it, or give another --out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _manifest(place: Path) -> bytes | None:
+    try:
+        return (place / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk; nothing where a folder cannot be asked."""
+    if path.is_symlink() or (path.is_dir() and sys.platform == "win32"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _move(staging: Path, place: Path) -> None:
@@ -85,8 +144,10 @@ def _remove_leftovers(place: Path) -> None:
                 continue
             if kind == "former" and not place.exists():
                 folder.rename(place)  # a kill between the two renames of `_move`
-            else:
+            elif folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.unlink(missing_ok=True)
 
 
 def _at_work(pid: int) -> bool:

@@ -134,6 +134,10 @@ def _stored(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
         if not isinstance(index, dict):
             problem = f"{folder / WEIGHTS_INDEX} has no weight_map"
             raise StillgraphError(STAGE, problem, DOWNLOAD)
+        wrong = [name for name in index.values() if not isinstance(name, str) or Path(name).name != name]
+        if wrong:
+            problem = f"{folder / WEIGHTS_INDEX} names {wrong[0]!r} as a file, which is none of its folder"
+            raise StillgraphError(STAGE, problem, DOWNLOAD)
         paths = [folder / name for name in sorted(set(index.values()))]
     for path in paths:
         if not path.is_file():

@@ -26,7 +26,7 @@ def damage(bundle: Path, file: File, hashes: bool = False, sums: bool = False) -
     try:
         if not path.is_file():
             return f"{path} is missing"
-        if not path.resolve().is_relative_to(bundle.resolve()):
+        if not any(path.resolve().is_relative_to(folder) for folder in _own(bundle.resolve())):
             return f"{path} leaves the bundle"
         if (size := path.stat().st_size) != file.nbytes:
             return f"{path} has {size} bytes where {file.nbytes} are expected"
@@ -37,6 +37,12 @@ def damage(bundle: Path, file: File, hashes: bool = False, sums: bool = False) -
     except OSError as error:
         return f"{path!s:.300} cannot be read ({error.strerror or error})"
     return None
+
+
+def _own(bundle: Path) -> list[Path]:
+    """Folders that a bundle's links may lead to: its own, and where the hub's cache, which has a bundle as
+    REPOSITORY/snapshots/REVISION, keeps all files."""
+    return [bundle, *([bundle.parent.parent / "blobs"] if bundle.parent.name == "snapshots" else [])]
 
 
 def describe(bundle: Path, path: Path) -> File:

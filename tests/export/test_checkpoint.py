@@ -218,7 +218,16 @@ def test_no_weights(own: Path, refused: Refused) -> None:
 
 @pytest.mark.parametrize(
     ("index", "word"),
-    [({"weight_map": {"a": "b.safetensors"}}, "b.safetensors is missing"), ({}, "weight_map")],
+    [
+        ({"weight_map": {"a": "b.safetensors"}}, "b.safetensors is missing"),
+        (
+            {"weight_map": {"a": "../b.safetensors"}},
+            "names '../b.safetensors' as a file",
+        ),
+        ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd' as a file"),
+        ({"weight_map": {"a": 5}}, "names 5 as a file"),
+        ({}, "weight_map"),
+    ],
 )
 def test_an_index_of_files_that_are_not_there(
     own: Path, refused: Refused, index: dict[str, Any], word: str

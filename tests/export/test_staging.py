@@ -130,6 +130,46 @@ def test_leftovers_of_the_dead_are_removed(place: Path, dead: int, own_number: b
     assert [path.name for path in place.parent.iterdir()] == ["place"]
 
 
+def test_two_at_once_do_not_lose_one(place: Path, refused: Refused) -> None:
+    with staged(place) as folder:
+        (folder / MANIFEST).write_text("first")
+        with refused("write bundle", "another process is writing", "wait for it"), staged(place):
+            pytest.fail("the second began")
+    assert contents(place) == {MANIFEST: b"first"}
+    write_new(place)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_changed_meanwhile_is_not_replaced(place: Path, refused: Refused, there: bool) -> None:
+    """As by a validation, or where there are no locks by a second export."""
+    if not there:
+        shutil.rmtree(place)
+    with (
+        refused("write bundle", "was changed by another process meanwhile", "run the command again"),
+        staged(place),
+    ):
+        place.mkdir(exist_ok=True)
+        (place / MANIFEST).write_text("other")
+    assert contents(place)[MANIFEST] == b"other"
+
+
+def test_all_is_on_the_disk_before_it_moves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, sync, move = list[str](), os.fsync, staging._move
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle))
+    )
+    monkeypatch.setattr(staging, "_move", lambda *paths: (done.append("moved"), move(*paths)))
+    with staged(place) as folder:
+        (folder / "reports").mkdir()
+        written = {folder / MANIFEST, folder / "reports" / "parity.json", folder / "reports"}
+        for path in written:
+            if not path.is_dir():
+                path.write_text("new")
+    moved = done.index("moved")
+    assert set(done[:moved]) == {str(path) for path in written}
+    assert done[moved + 1 :] == [str(place.parent)]
+
+
 def test_leftovers_of_others_are_not(place: Path) -> None:
     """A running process, another bundle, a name that only looks alike."""
     keep = {f".place.staging-{os.getppid()}", ".places.staging-1", ".place.staging-mine"}
@@ -164,6 +204,13 @@ def test_a_file_is_written_in_one_step(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="No space"):
         staged_file(path, "second")
     assert path.read_text() == "first"
+
+
+def test_files_left_by_the_dead_are_removed(tmp_path: Path, dead: int) -> None:
+    (tmp_path / f".report.json.staging-{dead}").write_text("half")
+    (tmp_path / f".other.json.staging-{dead}").write_text("half")
+    staged_file(tmp_path / "report.json", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", f".other.json.staging-{dead}"}
 
 
 def export(model: Path, out: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +111,33 @@ def test_a_link_out_of_the_bundle_is_refused(bundle_of, tmp_path: Path) -> None:
     (bundle / "weights.data").symlink_to(outside)
     with pytest.raises(StillgraphError, match="leaves the bundle"):
         load(bundle)
+
+
+def in_the_hubs_cache(bundle: Path, cache: Path) -> Path:
+    """As huggingface_hub lays a repository out: a snapshot of links to files named by their content."""
+    snapshot, blobs = cache / "models--a--b" / "snapshots" / "c0ffee", cache / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for path in [path for path in bundle.rglob("*") if path.is_file()]:
+        link = snapshot / path.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = blobs / hashlib.sha1(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blob)
+        up = "../" * len(link.relative_to(snapshot.parent).parts)
+        link.symlink_to(f"{up}blobs/{blob.name}")
+    return snapshot
+
+
+def test_a_bundle_in_the_hubs_cache(bundle_of, tmp_path: Path) -> None:
+    bundle = bundle_of()
+    snapshot = in_the_hubs_cache(bundle, tmp_path / "hub")
+    expected = [step.token for step in load(bundle).stream([3, 1, 4], max_new_tokens=5)]
+    assert [step.token for step in load(snapshot).stream([3, 1, 4], max_new_tokens=5)] == expected
+    outside = tmp_path / "hub" / "weights.data"
+    shutil.copyfile(bundle / "weights.data", outside)
+    (snapshot / "weights.data").unlink()
+    (snapshot / "weights.data").symlink_to(outside)
+    with pytest.raises(StillgraphError, match="leaves the bundle"):
+        load(snapshot)
 
 
 def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
