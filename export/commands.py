@@ -1,4 +1,4 @@
-"""The commands that work on a bundle: `simplify`, `compile`, `validate`, `inspect`.
+"""The commands that work on a bundle: `simplify`, `compile`, `validate`, `inspect`, `prove`.
 
 torch and onnx are imported inside the commands, so that help and usage errors are instant.
 """
@@ -12,12 +12,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from stillgraph.errors import StillgraphError
+from stillgraph.certificate import Content, differences
+from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exporter.api import require_passed
-from stillgraph.exporter.checkpoint_folder import check_folder
+from stillgraph.exporter.checkpoint_folder import check_folder, folder_of
 from stillgraph.exporter.console import Output
 from stillgraph.files import check_files
-from stillgraph.manifest import Manifest, read
+from stillgraph.manifest import MANIFEST, Manifest, read
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
@@ -25,6 +26,14 @@ CheckHashes = Annotated[
     bool, typer.Option("--check-hashes", help="Compare every file's SHA-256, not only its page sums.")
 ]
 Bundle = Annotated[Path, typer.Argument(help="Folder made by 'stillgraph export'.", show_default=False)]
+
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="The checkpoint.", show_default="the one that the manifest names"),
+]
+Full = Annotated[bool, typer.Option("--full", help="Every slot of ctx in every setting.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Random ids, optimized graphs only.")]
 
 
 def simplify(bundle: Bundle, quiet: Quiet = False, as_json: AsJson = False) -> None:
@@ -72,22 +81,17 @@ def compile_(
 
 def validate(
     bundle: Bundle,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="The checkpoint.", show_default="the one that the manifest names"),
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Every slot of ctx in every setting.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Random ids, optimized graphs only.")] = False,
+    model: Model = None,
+    full: Full = False,
+    quick: Quick = False,
     check_hashes: CheckHashes = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle's files, in ONNX Runtime, with PyTorch. Exit code 1 when a bound is broken."""
-    if full and quick:
-        raise StillgraphError("validate", "--full and --quick were both given", "give one of them")
+    depth = _depth("validate", full, quick)
     manifest = _checked(bundle, check_hashes)
     check_folder(model or manifest.source.id)
-    depth: Literal["quick", "default", "full"] = "full" if full else "quick" if quick else "default"
     output = Output(quiet, as_json)
     with output.progress() as say:
         from stillgraph.exporter.validate.validate import validate as prove
@@ -105,6 +109,101 @@ def inspect(bundle: Bundle, check_hashes: CheckHashes = False, as_json: AsJson =
 
     inspection = look(bundle)
     Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))
+
+
+def prove(
+    subject: Annotated[Path, typer.Argument(help="A bundle, or an ONNX decoder of another exporter.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare files with the certificate that is there; without torch.")
+    ] = False,
+    model: Model = None,
+    ctx: Annotated[
+        int | None, typer.Option(help="Of a graph: tokens of a text.", show_default="past every window")
+    ] = None,
+    full: Full = False,
+    quick: Quick = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Validate, and certify the result of these very files: one JSON and one page. Exit code as of validate.
+
+    A graph of another exporter has past_key_values and present of each layer, and needs --model. With
+    --check: exit code 1 where anything is not as the certificate says, a line for each.
+    """
+    output = Output(quiet, as_json)
+    if check:
+        _check_certificate(subject, model, output)
+        return
+    depth = _depth("prove", full, quick)
+    manifest = None if _is_graph(subject) else _checked(subject)
+    _check_use(subject, manifest, model, ctx)
+    with output.progress() as say:
+        if manifest is None:
+            from stillgraph.exporter.prove.foreign_proof import prove_graph
+
+            proven = prove_graph(subject, model=str(model), depth=depth, ctx=ctx, say=say)
+        else:
+            from stillgraph.exporter.prove.certify import prove_bundle
+
+            proven = prove_bundle(subject, model=model, depth=depth, say=say)
+    content, place, digest = proven.certificate.content, proven.place, proven.certificate.sha256
+    line = {"certificate": str(place.certificate), "page": str(place.page), "sha256": digest}
+    said = *content.findings, f"certificate {place.certificate}, SHA-256 {digest}"
+    found = {"passed": content.passed, "findings": content.findings}
+    output.result(line | found, proven.parity.table(), _verdicts(content), *map(escape, said))
+    if problem := proven.parity.problem():
+        raise CheckFailed("prove", problem, f"see {place.page}")
+
+
+def _verdicts(content: Content) -> Table:
+    """One line a kind of bound."""
+    table = Table("of", "measure", "worst", "bound", "broken", "where", title="every kind of bound")
+    for verdict in content.verdicts:
+        numbers = f"{verdict.value:.2e}", f"{verdict.bound:.2e}", f"{verdict.broken}"
+        style = "bold red" if verdict.broken else None
+        table.add_row(verdict.of, verdict.measure, *numbers, escape(verdict.where), style=style)
+    return table
+
+
+def _is_graph(subject: Path) -> bool:
+    """Whether a path is of a graph of another exporter, or of a folder with one."""
+    if (subject / MANIFEST).is_file():
+        return False
+    return subject.is_file() or any([*subject.glob("*.onnx"), *subject.glob("onnx/*.onnx")])
+
+
+def _check_use(subject: Path, manifest: Manifest | None, model: str | None, ctx: int | None) -> None:
+    """Raises StillgraphError for options that do not fit what is proven, before torch is imported."""
+    if manifest is None and model is None:
+        problem = f"{subject} is no bundle that names its checkpoint"
+        raise StillgraphError("prove", problem, "name the checkpoint with --model")
+    if manifest is not None and ctx is not None:
+        raise StillgraphError("prove", f"--ctx is of a graph, and {subject} is a bundle", "leave it out")
+    if ctx is not None and ctx < 2:
+        raise StillgraphError("prove", f"--ctx {ctx} leaves no room for a next token", "use 2 or more")
+    check_folder(model or manifest.source.id if manifest else str(model))
+
+
+def _check_certificate(subject: Path, model: str | None, output: Output) -> None:
+    """Raises CheckFailed where something differs, after a line for each."""
+    certificate, lines = differences(subject, folder_of(model) if model else None)
+    content = certificate.content
+    same = (
+        f"{subject}: {len(content.files)} files are as proven on {content.date}, SHA-256 {certificate.sha256}"
+    )
+    output.result(
+        {"sha256": certificate.sha256, "passed": content.passed, "differences": lines},
+        *map(escape, lines or [same, *content.findings]),
+    )
+    if lines:
+        told = f"{subject} differs from its certificate in {len(lines)} things"
+        raise CheckFailed("prove", told, "get the files again, or prove these")
+
+
+def _depth(stage: str, full: bool, quick: bool) -> Literal["quick", "default", "full"]:
+    if full and quick:
+        raise StillgraphError(stage, "--full and --quick were both given", "give one of them")
+    return "full" if full else "quick" if quick else "default"
 
 
 def _checked(bundle: Path, hashes: bool = False) -> Manifest:

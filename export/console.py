@@ -41,4 +41,4 @@ class Output:
         if not console.is_terminal:
             console.width = FILE_WIDTH
         for part in shown:
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, str))  # one line, however long

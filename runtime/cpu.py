@@ -22,6 +22,11 @@ def cpu_name() -> str:
     return describe_cpu(_cpuinfo(), platform.machine())
 
 
+def present_flags() -> list[str]:
+    """This CPU's instruction sets, as Linux names them, sorted; none on a system that does not tell."""
+    return sorted(cpu_flags(_cpuinfo()))
+
+
 def available_cores() -> int:
     """Cores this process may use: fewer than the machine's in a container or under taskset."""
     if hasattr(os, "sched_getaffinity"):

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 # The import name of each folder. That of the runtime is the head of the others, so it comes last.
 PACKAGES = {"export": "stillgraph.exporter", "patches": "stillgraph.patches", "runtime": "stillgraph"}
 # What of the runtime is open to the export.
-OPEN = "calling compiled cpu errors files exit_codes manifest page_cache metrics ports spec weight_tensor"
+OPEN = (
+    "calling certificate compiled cpu errors exit_codes files manifest metrics page_cache ports spec "
+    "weight_tensor"
+)
 OF_RUNTIME = {f"stillgraph.{name}" for name in OPEN.split()}
 # What is open to the bench besides: it runs the engine.
 ENGINE = {"stillgraph.loading", "stillgraph.session"}
@@ -29,6 +32,7 @@ ROOMS = (
     "bench quantize trace weights",
     "compile",
     "bundle validate",
+    "prove",
     "api",
     "commands",
     "cli",
@@ -193,6 +197,7 @@ def fresh(code: str) -> str:
     [
         "stillgraph",
         "stillgraph.cli",
+        "stillgraph.certificate",
         "stillgraph.commands",
         "stillgraph.exporter.api",
         "stillgraph.exporter.cli",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,11 +14,24 @@ from stillgraph.errors import StillgraphError
 from stillgraph.exporter.demo.stories import held_out
 from stillgraph.exporter.validate import image
 from stillgraph.exporter.validate.report import TextKind
-from stillgraph.manifest import Manifest
+from stillgraph.manifest import GraphEntry
+from stillgraph.spec import ModelSpec
 
 STEPS = 3  # decode steps after each prompt
 ROW_STAGGER = 5  # rows of a batch differ by this many prompt tokens
 Depth = Literal["quick", "default", "full"]
+
+
+class Subject(Protocol):
+    """What is proven: a bundle by its manifest, or a graph of another exporter."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+
+    @property
+    def graphs(self) -> dict[str, GraphEntry]: ...
+
+    def graph(self, role: str) -> GraphEntry | None: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class ValidationPlan:
     walks: tuple[int, ...]
 
 
-def make_plans(manifest: Manifest, depth: Depth) -> list[ValidationPlan]:
+def make_plans(manifest: Subject, depth: Depth) -> list[ValidationPlan]:
     """Which prompts are run in which setting."""
     prompts = tuple(edges(manifest))
     walk = (min(limit(manifest) - 1, max_len(manifest) or 1),) if manifest.graph("decode") else ()
@@ -50,7 +63,7 @@ def make_plans(manifest: Manifest, depth: Depth) -> list[ValidationPlan]:
     ]
 
 
-def pictured(manifest: Manifest) -> list[ValidationPlan]:
+def pictured(manifest: Subject) -> list[ValidationPlan]:
     """A text with a picture, cut behind it and, where there is room, at the edges; none without its graph."""
     vision = manifest.model.vision
     if vision is None or manifest.graph("vision") is None or manifest.graph("prefill") is None:
@@ -64,7 +77,7 @@ def pictured(manifest: Manifest) -> list[ValidationPlan]:
     return [ValidationPlan("picture", optimized, prompts, ()) for optimized in (False, True)]
 
 
-def edges(manifest: Manifest) -> Iterator[int]:
+def edges(manifest: Subject) -> Iterator[int]:
     """Prompt lengths where a static graph goes wrong first: around P, 2P, each window, and the end of ctx."""
     chunk, end = max_len(manifest), limit(manifest)
     near = {1, 2, end - 1, *(window + delta for window in manifest.model.windows for delta in (-1, 0, 1))}
@@ -75,28 +88,28 @@ def edges(manifest: Manifest) -> Iterator[int]:
     yield from sorted(length for length in near if 1 <= length <= last)
 
 
-def max_len(manifest: Manifest) -> int | None:
+def max_len(manifest: Subject) -> int | None:
     """Tokens that the prefill takes at once, or None where there is none."""
     graph = manifest.graph("prefill")
     return graph.shape.max_len if graph else None
 
 
-def continues(manifest: Manifest) -> bool:
+def continues(manifest: Subject) -> bool:
     graph = manifest.graph("prefill")
     return graph is not None and graph.shape.ctx is not None
 
 
-def limit(manifest: Manifest) -> int:
+def limit(manifest: Subject) -> int:
     """The longest text the bundle can hold: ctx, or P of a prefill alone that continues nothing."""
     return max(graph.shape.limit for graph in manifest.graphs.values() if graph.shape.caches)
 
 
-def rows(manifest: Manifest) -> int:
+def rows(manifest: Subject) -> int:
     """Rows of every graph of the bundle."""
     return next(graph.shape.batch for graph in manifest.graphs.values() if graph.shape.caches)
 
 
-def positions(manifest: Manifest, plan: ValidationPlan) -> set[int]:
+def positions(manifest: Subject, plan: ValidationPlan) -> set[int]:
     """Positions whose logits a plan compares, for every row."""
     found: set[int] = set()
     end = limit(manifest)
@@ -109,14 +122,14 @@ def positions(manifest: Manifest, plan: ValidationPlan) -> set[int]:
     return found
 
 
-def random_ids(manifest: Manifest) -> np.ndarray:
+def random_ids(manifest: Subject) -> np.ndarray:
     """Seeded ids over the whole vocabulary, int64 [B, limit]; every row its own."""
     shape = rows(manifest), limit(manifest)
     ids = np.random.default_rng(0).integers(0, manifest.model.vocab_size, shape)
     return image.without_pictures(ids, manifest.model.vision)
 
 
-def text_ids(bundle: Path, manifest: Manifest) -> np.ndarray:
+def text_ids(bundle: Path, manifest: Subject) -> np.ndarray:
     """English through the bundle's own tokenizer, int64 [B, limit]; every row starts at another place."""
     path, length, count = bundle / "tokenizer.json", limit(manifest), rows(manifest)
     if not path.is_file():

@@ -39,7 +39,8 @@ class Agreement(Frozen):
 class CaseResult(Frozen):
     """One prompt and the decode steps after it. cache_errors: per layer, the worst relative to the largest
     value; checks: all broken ones, and the nearest to its bound of each kind, worst first; feature_error: of
-    the features of the text's picture; int8_activations: whether it is of the prefill that rounds them."""
+    the features of the text's picture; int8_activations: whether it is of the prefill that rounds them;
+    given: how a graph of growing lengths was driven, in words."""
 
     text: TextKind
     optimized: bool
@@ -50,11 +51,13 @@ class CaseResult(Frozen):
     checks: tuple[Check, ...]
     feature_error: float | None = None
     int8_activations: bool = False
+    given: str = ""
 
     @property
     def title(self) -> str:
-        given = "" if self.start == "prefill" else " from given keys and values"
-        return f"{_title(self.text, self.optimized, self.int8_activations)}, prompt {self.prompt}{given}"
+        given = f" {self.given}" if self.start == "prefill" else " from given keys and values"
+        title = _title(self.text, self.optimized, self.int8_activations)
+        return f"{title}, prompt {self.prompt}{given}".rstrip()
 
     @property
     def worst(self) -> Comparison:
@@ -258,12 +261,12 @@ def case_row(case: CaseResult) -> list[str]:
     agreement = np.mean([c.top1_equal for c in case.comparisons])
     rows = 1 + max(c.row for c in case.comparisons)
     prompt = f"{case.prompt}" + ("" if case.start == "prefill" else " (given)")
-    prompt += " (int8)" if case.int8_activations else ""
+    prompt += " (int8)" if case.int8_activations else f" {case.given}".rstrip()
     return [
         case.text, "on" if case.optimized else "off", prompt, f"{len(case.comparisons) // rows - 1}",
         f"{worst.max_error:.1e}", f"{np.mean([c.mean_error for c in case.comparisons]):.1e}",
         f"{worst.relative_error:.1e}", f"{max(c.kl for c in case.comparisons):.1e}", f"{agreement:.0%}",
-        f"{worst.position}", f"{max(case.cache_errors):.1e}",
+        f"{worst.position}", f"{max(case.cache_errors):.1e}" if case.cache_errors else "",
         "" if case.feature_error is None else f"{case.feature_error:.1e}",
     ]  # fmt: skip
 

@@ -28,7 +28,7 @@ from stillgraph.exporter.validate.cases import (
     random_ids,
     text_ids,
 )
-from stillgraph.exporter.validate.dynamic_replay import GrowingReplay
+from stillgraph.exporter.validate.dynamic_replay import dynamic_replay
 from stillgraph.exporter.validate.fake_quantize import dequantize
 from stillgraph.exporter.validate.gates import Gate, gate, why
 from stillgraph.exporter.validate.image import with_picture
@@ -118,7 +118,7 @@ class Proof:
     def replay(self, part: Manifest, plans: list[ValidationPlan]) -> None:
         """Every case of some graphs that have the same weights, against PyTorch with these weights."""
         references = self.references(part, plans)
-        runner = GrowingReplay if part.graph("dynamic") else Replay
+        runner = dynamic_replay if part.graph("dynamic") else Replay
         for plan in plans:
             self.say(f"{plan.text} ids, ONNX Runtime's optimizations {'on' if plan.optimized else 'off'}")
             held = gate_of(part, plan)

@@ -41,6 +41,7 @@ def own_bundle(tiny_bundle, tmp_path: Path) -> Path:
         (["simplify"], ["BUNDLE", "--json"]),
         (["validate"], ["BUNDLE", "--model", "--full", "--quick"]),
         (["inspect"], ["BUNDLE", "--json"]),
+        (["prove"], ["SUBJECT", "--check", "--model", "--full", "--quick", "--json"]),
     ],
 )
 def test_help(capsys, command, words) -> None:
@@ -62,7 +63,7 @@ def test_options_that_cannot_be_read_are_exit_code_2(capsys, arguments) -> None:
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("command", ["simplify", "validate", "inspect"])
+@pytest.mark.parametrize("command", ["simplify", "validate", "inspect", "prove"])
 def test_a_folder_that_is_no_bundle(tmp_path, capsys, command) -> None:
     assert cli.main([command, str(tmp_path)]) == 2
     assert "has no manifest.json; name a folder made by 'stillgraph export'." in capsys.readouterr().err
