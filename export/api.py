@@ -46,10 +46,10 @@ def export(
     """Make a new bundle of all graphs over one weights file, validate it quickly, and return its folder.
 
     The options are those of `stillgraph export bundle`, and the prefill continues a cache of `ctx` slots.
-    model: a hub id or a checkpoint folder; out: the bundle's folder, by default artifacts/<model>; max_len:
-    tokens that the prefill takes at once; block_size: 32, 64 or 128, by default 128 where weights have few
-    bits; keep: PATTERN=PRECISION, weights kept otherwise; validate: compare with PyTorch, which takes most
-    memory; progress: called with what is being done, in a few words.
+    model: a hub id, a checkpoint folder or a GGUF file; out: the bundle's folder, by default
+    artifacts/<model>; max_len: tokens that the prefill takes at once; block_size: 32, 64 or 128, by default
+    128 where weights have few bits; keep: PATTERN=PRECISION, weights kept otherwise; validate: compare with
+    PyTorch, which takes most memory; progress: called with what is being done, in a few words.
 
     Raises StillgraphError for wrong use and bad input, and for what is not installed; then the previous
     bundle is as it was. Raises CheckFailed, a StillgraphError, where a graph fails its checks, or where the

@@ -6,18 +6,29 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils import logging
 
 from stillgraph.errors import CheckFailed, StillgraphError
-from stillgraph.exporter.checkpoint_folder import NO_CONFIG, STAGE, folder_of, read_json
+from stillgraph.exporter.checkpoint_folder import (
+    NO_CONFIG,
+    STAGE,
+    check_config,
+    folder_of,
+    gguf_of,
+    read_json,
+)
 from stillgraph.exporter.families import Family, families
-from stillgraph.exporter.tensor_files import StoredTensor, find_tensors, parameter_names
+from stillgraph.exporter.tensor_files import StoredTensor, find_tensors, parameter_names, stored_tensors
 from stillgraph.spec import ModelSpec
+
+if TYPE_CHECKING:  # its library is there where a GGUF is to be read
+    from stillgraph.exporter.gguf_file.unpack import Unpacked
 
 HEAD = "lm_head.weight"
 CARRIED = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
@@ -25,7 +36,10 @@ CARRIED = ("config.json", "generation_config.json", "preprocessor_config.json", 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint folder that the export understands. Tensors are read one at a time."""
+    """A Hugging Face checkpoint folder that the export understands. Tensors are read one at a time.
+
+    Of a GGUF the folder holds what a folder has besides its weights, and is there as long as `gguf` is.
+    """
 
     id: str
     folder: Path
@@ -33,6 +47,7 @@ class Checkpoint:
     config: Any
     tensors: dict[str, StoredTensor]  # by the name that the model has for it
     tied: str | None = None  # the tensor that is embedding and head in one
+    gguf: Unpacked | None = None
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -57,12 +72,16 @@ class Checkpoint:
     def load(self) -> torch.nn.Module:
         """The reference: what transformers by itself makes of the folder, in fp32 with eager attention.
 
+        Of a GGUF its weights are transformers' own reading, and the config, of which it loses parts, is ours.
         No code of the export takes part. Raises CheckFailed where transformers made up a tensor, and where
         one that the export reads is another than transformers has.
         """
+        place: dict[str, Any] = {"pretrained_model_name_or_path": self.folder}
+        if self.gguf:
+            place = self.gguf.place() | {"config": self.config}
         with quiet_loading():
             model, told = self.family.build.from_pretrained(
-                self.folder,
+                **place,
                 dtype=torch.float32,
                 attn_implementation="eager",
                 local_files_only=True,
@@ -99,12 +118,15 @@ class Checkpoint:
 def quiet_loading() -> Iterator[None]:
     """Without transformers' progress bar and report: what matters of it is an error here."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    bar = gguf_reader.tqdm  # which that switch does not turn off
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gguf_reader.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        gguf_reader.tqdm = bar
         if bars:
             logging.enable_progress_bar()
 
@@ -120,8 +142,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Find, read and check a checkpoint: of SHIPPED, a local folder or a hub id. Raises StillgraphError."""
-    folder = folder_of(model)
+    """Find, read and check a checkpoint: of SHIPPED, a local folder, a GGUF or a hub id.
+
+    Raises StillgraphError.
+    """
+    gguf = _unpacked(path) if (path := gguf_of(model)) else None
+    folder = gguf.folder if gguf else folder_of(model)
+    check_config(folder)
     raw = read_json(folder / "config.json", NO_CONFIG)
     architectures = raw.get("architectures") or [None]
     family = families().get(architectures[0])
@@ -142,7 +169,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     if reason:
         raise StillgraphError(STAGE, f"{model}: {reason} is not supported", "export another checkpoint")
     built = _on_meta(model, family, config)
-    tensors = find_tensors(built, folder)
+    tensors = find_tensors(built, path or folder, gguf.tensors if gguf else stored_tensors(folder))
     tied = next((name for other, name in parameter_names(built).items() if other == HEAD != name), None)
     if tied and HEAD in tensors and not torch.equal(tensors[HEAD].read(), tensors[tied].read()):
         # As transformers has it: a head of its own in the file is the head, whatever the config says.
@@ -152,7 +179,13 @@ def open_checkpoint(model: str) -> Checkpoint:
         built = _on_meta(model, family, config)
     parameters = dict(built.named_parameters())
     tensors = {name: tensor for name, tensor in tensors.items() if name in parameters}
-    return Checkpoint(model, folder, family, config, tensors, tied)
+    return Checkpoint(model, folder, family, config, tensors, tied, gguf)
+
+
+def _unpacked(path: Path) -> Unpacked:
+    from stillgraph.exporter.gguf_file.unpack import unpack
+
+    return unpack(path)
 
 
 def _on_meta(model: str, family: Family, config: Any) -> Any:

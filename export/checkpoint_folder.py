@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,39 @@ STAGE = "read checkpoint"
 DEMO = Path(__file__).parent / "demo" / "demo_checkpoint"
 SHIPPED = {"demo": DEMO, "demo-vision": Path(__file__).parent / "demo" / "demo_vision_checkpoint"}
 NEEDED = ("*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt")  # files of a hub id
+GGUF_NEEDS = ("gguf", "accelerate")
 NO_CONFIG = "name a folder with a Hugging Face checkpoint"
 
 
 def check_folder(model: str) -> None:
     """Raises StillgraphError for a name that is no checkpoint's; of a hub id nothing is asked yet."""
-    if folder := _local(model):
-        read_json(folder / "config.json", NO_CONFIG)
+    if path := gguf_of(model):
+        from stillgraph.exporter.gguf_file.unpack import check
+
+        check(path)
+    elif folder := _local(model):
+        check_config(folder)
+
+
+def check_config(folder: Path) -> None:
+    """Raises StillgraphError where there is no config.json, naming a GGUF that is there in its place."""
+    if not (folder / "config.json").is_file() and (found := sorted(folder.glob("*.gguf"))):
+        problem = f"{folder} has no config.json, and {found[0].name} is a GGUF"
+        raise StillgraphError(STAGE, problem, f"name the file: {found[0]}")
+    read_json(folder / "config.json", NO_CONFIG)
+
+
+def gguf_of(model: str) -> Path | None:
+    """The path of a GGUF where one is named. Raises StillgraphError where it or its reader is missing."""
+    path = Path(model)
+    if path.suffix.lower() != ".gguf" or path.is_dir():
+        return None
+    if not path.is_file():
+        raise StillgraphError(STAGE, f"{model}: no such file", "name a GGUF file on this machine")
+    if missing := [name for name in GGUF_NEEDS if find_spec(name) is None]:
+        problem = f"{model}: to read a GGUF takes {' and '.join(missing)}, not installed here"
+        raise StillgraphError(STAGE, problem, "run: pip install 'stillgraph[export,gguf]'")
+    return path
 
 
 def folder_of(model: str) -> Path:
@@ -59,6 +86,8 @@ def _local(model: str) -> Path | None:
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise StillgraphError(
-            STAGE, f"{model}: no such folder", "name a checkpoint folder, a hub id, 'demo' or 'demo-vision'"
+            STAGE,
+            f"{model}: no such folder",
+            "name a folder, a GGUF file, a hub id, 'demo' or 'demo-vision'",
         )
     return None

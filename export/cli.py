@@ -21,6 +21,7 @@ from stillgraph.exporter.config import (
     dynamic_shape,
     prefill_shape,
     request,
+    short_name,
 )
 from stillgraph.exporter.console import Output
 from stillgraph.manifest import Manifest
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A hub id or a checkpoint folder.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="A hub id, a checkpoint folder or a GGUF file.")]
 Target = Annotated[str, typer.Option(help="What the graph is written for: portable or onnxruntime.")]
 Precision = Annotated[str, typer.Option(help="How weights are stored: fp32, fp16, int8 or int4.")]
 BlockSize = Annotated[
@@ -161,7 +162,7 @@ def dynamic(
     as_json: AsJson = False,
 ) -> None:
     """Make the same model as one fp32 graph of growing lengths, to measure static graphs against."""
-    config = ExportConfig(model=model, out=out or ARTIFACTS / f"{Path(model).name}-dynamic")
+    config = ExportConfig(model=model, out=out or ARTIFACTS / f"{short_name(model)}-dynamic")
     _add(config, [dynamic_shape(config, ctx)], Output(quiet, as_json))
 
 

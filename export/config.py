@@ -34,7 +34,12 @@ class ExportConfig(Frozen):
     @property
     def place(self) -> Path:
         """The bundle's folder: `out`, or `artifacts/<model>`."""
-        return self.out or ARTIFACTS / Path(self.model).name
+        return self.out or ARTIFACTS / short_name(self.model)
+
+
+def short_name(model: str) -> str:
+    """The last part of a checkpoint's name, without the ending of a GGUF."""
+    return Path(model).name.removesuffix(".gguf")
 
 
 def request(

@@ -6,11 +6,11 @@ prefix, the head of a tied pair may be stored alone, and what transformers ignor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,13 +33,26 @@ OTHER_FORMATS = {
     ".bin": PICKLE,
     ".pt": PICKLE,
     ".pth": PICKLE,
-    ".gguf": "a GGUF: name a folder of safetensors",
+    ".gguf": "a GGUF: name the file itself",
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(Protocol):
     """Where a tensor lies: its file, and its name there."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    def read(self) -> torch.Tensor:
+        """The tensor, mapped from its file or made of what is there, in the checkpoint's dtype."""
+
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class SafeTensor:
+    """A StoredTensor of a safetensors file."""
 
     path: Path
     name: str
@@ -55,13 +68,14 @@ class StoredTensor:
             return tuple(file.get_slice(self.name).get_shape())
 
 
-def find_tensors(model: Any, folder: Path) -> dict[str, StoredTensor]:
+def find_tensors(model: Any, folder: Path, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Every tensor of a model by its name there; model: as transformers builds it, on any device.
+
+    stored: those of the checkpoint by the name that it gives them; folder: where it is, for messages.
 
     Of a tied pair each is listed that the checkpoint holds. Raises StillgraphError where one is missing, has
     another shape, or is neither the model's nor on transformers' own list of what may be left unread.
     """
-    stored = dict(_stored(folder))
     names = model_names(model, stored)
     places = parameter_names(model)
     found = {name: stored[names[name]] for name in sorted(places.keys() & names.keys())}
@@ -127,7 +141,12 @@ def _no_weights(folder: Path, path: Path) -> StillgraphError:
     return StillgraphError(STAGE, f"{path} is missing", remedy)
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's safetensors by their names there. Raises StillgraphError where none are."""
+    return dict(_stored(folder))
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, SafeTensor]]:
     paths = [folder / WEIGHTS]
     if not paths[0].is_file() and (folder / WEIGHTS_INDEX).is_file():
         index = read_json(folder / WEIGHTS_INDEX, DOWNLOAD).get("weight_map")
@@ -148,4 +167,4 @@ def _stored(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
         except (SafetensorError, OSError) as error:
             problem = f"{path} is damaged or cut short ({error})"
             raise StillgraphError(STAGE, problem, DOWNLOAD) from error
-        yield from ((name, StoredTensor(path, name)) for name in names)
+        yield from ((name, SafeTensor(path, name)) for name in names)

@@ -26,7 +26,8 @@ ENGINE = {"stillgraph.loading", "stillgraph.session"}
 DESCRIBED = {f"stillgraph.{name}" for name in ("chat_template", "tokenizer", "vision.preprocessor")}
 # The rooms of export/ from the ground up, and files beside them. Each imports only from lines above its own.
 ROOMS = (
-    "__init__ checkpoint_folder demo ort precisions staging targets",
+    "__init__ demo gguf_file ort precisions staging targets",
+    "checkpoint_folder",
     "config families tensor_files",
     "checkpoint console ir",
     "bench quantize trace weights",

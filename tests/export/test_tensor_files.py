@@ -186,7 +186,7 @@ def test_the_reference_is_transformers_own(tiny_checkpoint: Any, original: Any) 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.gguf", ("GGUF", "safetensors")),
+        ("model.gguf", ("GGUF", "name the file itself")),
         ("pytorch_model.bin", ("pickled", "save_pretrained")),
         ("consolidated.00.pth", ("pickled", "save_pretrained")),
         ("adapter_model.safetensors", ("adapter", "merge_and_unload")),
