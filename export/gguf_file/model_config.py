@@ -76,10 +76,12 @@ def config_of(header: Header) -> dict[str, Any]:
     facts.check_keys([*SIZES, EPSILON, *OTHERS, *KNOWN.get(architecture, [])])
     made = {name: facts.needed(key, int) for key, name in SIZES.items()}
     heads = made["num_attention_heads"]
-    if min(made.values()) < 1:
-        header.refuse(f"a size is {min(made.values())}", "download the file again")
     head_dim = facts.get("attention.key_length", int) or facts.get("rope.dimension_count", int)
-    head_dim = head_dim or made["hidden_size"] // heads
+    head_dim = head_dim or made["hidden_size"] // max(heads, 1)
+    if (least := min(head_dim, *made.values())) < 1:
+        header.refuse(f"a size is {least}", "download the file again")
+    if (layers := made["num_hidden_layers"]) > len(header.tensors):
+        header.refuse(f"it has {layers} layers of {len(header.tensors)} tensors", "download the file again")
     table = header.tensors.get("token_embd.weight")
     rows = table.shape[0] if table else 0
     facts.check("attention.value_length", head_dim)
@@ -135,7 +137,8 @@ class _Facts:
         """transformers' rope_parameters."""
         theta = _short(self.get("rope.freq_base", float) or 10000.0)
         made = {"rope_type": "default", "rope_theta": theta}
-        kind = self.get("rope.scaling.type", str) or "none"
+        factor = self.get("rope.scaling.factor", float)
+        kind = self.get("rope.scaling.type", str) or ("linear" if factor else "none")
         if kind not in ("none", "linear"):
             problem = f"{self.architecture}.rope.scaling.type {kind!r:.40} is not supported"
             self.header.refuse(problem, ORIGINAL)
@@ -178,7 +181,7 @@ def llama3_scaling(factors: np.ndarray, theta: float, head_dim: int) -> dict[str
     None where they are not those of Llama 3.1 to 3.3, which differ in their factor alone. The formula is that
     of `_compute_llama3_parameters` in transformers.
     """
-    low, high, context, factor = 1.0, 4.0, 8192, float(factors.max())
+    low, high, context, factor = 1.0, 4.0, 8192, float(factors.max(initial=1.0))
     turns = context / (2 * np.pi) * theta ** -(np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     if factors.shape != turns.shape or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), 1e-4):

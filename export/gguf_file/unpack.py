@@ -62,8 +62,8 @@ def unpack(path: Path) -> Unpacked:
 
 
 def _read(header: Header) -> tuple[dict[str, Any], Vocabulary]:
-    config = config_of(header)
     find_names(header, check_kind(header))
+    config = config_of(header)
     vocabulary = Vocabulary.of(header)
     if len(vocabulary.tokens) > config["vocab_size"]:
         problem = f"its vocabulary has {len(vocabulary.tokens)} tokens, and token_embd.weight as rows"

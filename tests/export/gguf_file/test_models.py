@@ -15,9 +15,10 @@ import stillgraph
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.gguf_file import tensors
-from stillgraph.exporter.gguf_file.model_config import llama3_scaling
+from stillgraph.exporter.gguf_file.header import read_header
+from stillgraph.exporter.gguf_file.model_config import config_of, llama3_scaling
 from stillgraph.manifest import read
-from tests.gguf_writer import divisors, write_gguf
+from tests.gguf_writer import divisors, write_bare, write_gguf
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -134,3 +135,27 @@ def test_llama_3_scaling_is_known_by_its_divisors(factor: float) -> None:
 @pytest.mark.parametrize("change", [{"low_freq_factor": 2.0}, {"original_max_position_embeddings": 4096}])
 def test_other_scalings_are_not_taken_for_it(change: dict[str, float]) -> None:
     assert llama3_scaling(divisors(LLAMA3 | change, 64), 500_000.0, 64) is None
+
+
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(tmp_path: Path) -> None:
+    path = write_bare(tmp_path / "m.gguf", **{"llama.rope.scaling.factor": 4.0})
+    rope = config_of(read_header(path))["rope_parameters"]
+    assert rope == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(2, 24), (62, 168)])
+def test_the_queries_of_the_largest_gemma_are_scaled_otherwise(
+    tmp_path: Path, layers: int, scale: int
+) -> None:
+    """As in llama.cpp's models/gemma3.cpp: 5376 / 32 in place of the size of a head."""
+    sizes = {
+        "context_length": 64, "embedding_length": 5376, "block_count": layers, "feed_forward_length": 8,
+        "attention.head_count": 32, "attention.key_length": 24, "attention.sliding_window": 4,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+    }  # fmt: skip
+    keys = {f"gemma3.{name}": value for name, value in sizes.items()}
+    table = {f"blk.{layer}.attn_q.weight": (np.zeros((1, 1), np.float32), None) for layer in range(layers)}
+    made = config_of(read_header(write_bare(tmp_path / "m.gguf", "gemma3", table, **keys)))
+    assert made["query_pre_attn_scalar"] == scale
+    full = [layer for layer, kind in enumerate(made["layer_types"]) if kind == "full_attention"]
+    assert full == list(range(5, layers, 6))
