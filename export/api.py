@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillgraph.errors import CheckFailed
+from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exit_codes import not_installed
 from stillgraph.exporter.checkpoint_folder import check_folder
 from stillgraph.exporter.config import (
@@ -21,6 +21,7 @@ from stillgraph.exporter.config import (
     with_one_slack,
 )
 from stillgraph.exporter.staging import check_place
+from stillgraph.exporter.texts.passages import read_texts
 from stillgraph.manifest import Manifest, Precision, Target
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def export(
     fast_prefill: bool = False,
     batch: int = 1,
     validate: bool = True,
+    text: Sequence[str | Path] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Make a new bundle of all graphs over one weights file, validate it quickly, and return its folder.
@@ -49,7 +51,8 @@ def export(
     model: a hub id, a checkpoint folder or a GGUF file; out: the bundle's folder, by default
     artifacts/<model>; max_len: tokens that the prefill takes at once; block_size: 32, 64 or 128, by default
     128 where weights have few bits; keep: PATTERN=PRECISION, weights kept otherwise; validate: compare with
-    PyTorch, which takes most memory; progress: called with what is being done, in a few words.
+    PyTorch, which takes most memory; text: files that its statistics are made over, by default texts that
+    ship; progress: called with what is being done, in a few words.
 
     Raises StillgraphError for wrong use and bad input, and for what is not installed; then the previous
     bundle is as it was. Raises CheckFailed, a StillgraphError, where a graph fails its checks, or where the
@@ -66,8 +69,10 @@ def export(
         batch=batch,
         out=None if out is None else Path(out),
     )
+    texts = [Path(path) for path in ((text,) if isinstance(text, str | Path) else text)]
+    say = progress or (lambda _: None)
     try:
-        _, parity = make(config, max_len, ctx, validated=validate, say=progress or (lambda _: None))
+        _, parity = make(config, max_len, ctx, validated=validate, texts=texts, say=say)
     except ModuleNotFoundError as error:
         if told := not_installed(error, "stillgraph export"):
             raise told from error
@@ -78,19 +83,25 @@ def export(
 
 
 def make(
-    config: ExportConfig, max_len: int, ctx: int, *, validated: bool, say: Say
+    config: ExportConfig, max_len: int, ctx: int, *, validated: bool, texts: Sequence[Path], say: Say
 ) -> tuple[Manifest, Parity | None]:
-    """A new bundle at `config.place`, and its quick validation where that is asked for.
+    """A new bundle at `config.place`, and its quick validation over texts where that is asked for.
 
     A broken bound is a report that says so: `require_passed` raises for it.
     """
     shapes = with_one_slack([prefill_shape(config, max_len, ctx), decode_shape(config, ctx)])
     check_paths(config)
+    if texts and not validated:
+        problem = "--text does nothing with --no-validate"
+        raise StillgraphError("export", problem, "leave one of them out")
+    read_texts(texts)  # before any work
     from stillgraph.exporter.bundle.build import export as build
     from stillgraph.exporter.validate.validate import validate as prove
 
     manifest = build(config, shapes, replace=True, say=say, vision=None)
-    parity = prove(config.place, model=config.model, depth="quick", say=say) if validated else None
+    parity = (
+        prove(config.place, model=config.model, depth="quick", texts=texts, say=say) if validated else None
+    )
     return manifest, parity
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillgraph.exporter.api import check_paths, make, require_passed
-from stillgraph.exporter.commands import AsJson, Quiet
+from stillgraph.exporter.commands import AsJson, Quiet, Texts
 from stillgraph.exporter.config import (
     ARTIFACTS,
     ExportConfig,
@@ -183,6 +183,7 @@ def bundle(
         bool,
         typer.Option("--validate/--no-validate", help="Compare with PyTorch, which takes most memory."),
     ] = True,
+    text: Texts = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -203,12 +204,14 @@ def bundle(
     )
     output = Output(quiet, as_json)
     with output.progress() as say:
-        manifest, parity = make(config, max_len, ctx, validated=validated, say=say)
+        manifest, parity = make(config, max_len, ctx, validated=validated, texts=text or (), say=say)
     line, files = _exported(config.place, manifest), _files(config.place, manifest)
     if parity is None:
         output.result(line, files)
         return
-    output.result(line | {"validation": parity.summary()}, files, *parity.tables())
+    from stillgraph.exporter.validate.table import all_tables
+
+    output.result(line | {"validation": parity.summary()}, files, *all_tables(manifest, parity))
     require_passed(config.place, parity)
 
 

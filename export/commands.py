@@ -5,6 +5,7 @@ torch and onnx are imported inside the commands, so that help and usage errors a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,11 +18,18 @@ from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exporter.api import require_passed
 from stillgraph.exporter.checkpoint_folder import check_folder, folder_of
 from stillgraph.exporter.console import Output
+from stillgraph.exporter.texts.passages import read_texts
 from stillgraph.files import check_files
 from stillgraph.manifest import MANIFEST, Manifest, read
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON instead of the result's text.")]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text", help="Make statistics over this text. May be repeated.", show_default="texts that ship"
+    ),
+]
 CheckHashes = Annotated[
     bool, typer.Option("--check-hashes", help="Compare every file's SHA-256, not only its page sums.")
 ]
@@ -80,25 +88,52 @@ def compile_(
 
 
 def validate(
-    bundle: Bundle,
+    bundles: Annotated[
+        list[Path], typer.Argument(help="Folders made by 'stillgraph export'.", show_default=False)
+    ],
     model: Model = None,
     full: Full = False,
     quick: Quick = False,
+    text: Texts = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Write all bundles side by side, as Markdown or, to *.json, as JSON.")
+    ] = None,
     check_hashes: CheckHashes = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a bundle's files, in ONNX Runtime, with PyTorch. Exit code 1 when a bound is broken."""
+    """Compare bundles' files, in ONNX Runtime, with PyTorch. Exit code 1 when a bound is broken."""
     depth = _depth("validate", full, quick)
-    manifest = _checked(bundle, check_hashes)
-    check_folder(model or manifest.source.id)
-    output = Output(quiet, as_json)
-    with output.progress() as say:
-        from stillgraph.exporter.validate.validate import validate as prove
+    manifests = [_checked(bundle, check_hashes) for bundle in bundles]
+    if table is not None:
+        _check_table(table, manifests)
+    for name in [model] if model else [manifest.source.id for manifest in manifests]:
+        check_folder(name)
+    read_texts(text or ())
+    output, parities = Output(quiet, as_json), []
+    for bundle, manifest in zip(bundles, manifests, strict=True):
+        with output.progress() as say:
+            from stillgraph.exporter.validate.table import all_tables, write_table
+            from stillgraph.exporter.validate.validate import validate as prove
 
-        parity = prove(bundle, model=model, depth=depth, say=say)
-    output.result({"bundle": str(bundle)} | parity.summary(), *parity.tables())
-    require_passed(bundle, parity)
+            parity = prove(bundle, model=model, depth=depth, texts=text or (), say=say)
+        output.result({"bundle": str(bundle)} | parity.summary(), *all_tables(manifest, parity))
+        parities.append(parity)
+    if table is not None:
+        write_table(table, list(zip(manifests, parities, strict=True)))
+    for bundle, parity in zip(bundles, parities, strict=True):
+        require_passed(bundle, parity)
+
+
+def _check_table(path: Path, manifests: Sequence[Manifest]) -> None:
+    """Raises StillgraphError for a table that cannot be written, and for bundles that it cannot compare."""
+    if not path.parent.is_dir():
+        raise StillgraphError("validate", f"--table {path}: no such folder", "make it, or name another file")
+    if path.is_dir():
+        raise StillgraphError("validate", f"--table {path} is a folder", "name a file")
+    if len({manifest.source.checkpoint_sha256 for manifest in manifests}) > 1:
+        problem = "bundles of different checkpoints were given with --table"
+        raise StillgraphError("validate", problem, "write a table for each checkpoint")
 
 
 def inspect(bundle: Bundle, check_hashes: CheckHashes = False, as_json: AsJson = False) -> None:

@@ -27,6 +27,10 @@ CASES = [
     ("export dynamic -m NONE", "NONE: no such folder"),
     ("validate BUNDLE -m NONE", "NONE: no such folder"),
     ("validate BUNDLE --full --quick", "--full and --quick were both given"),
+    ("validate BUNDLE --text NONE", "NONE: No such file or directory"),
+    ("validate BUNDLE --table NONE/table.md", "no such folder"),
+    ("export bundle --text NONE", "NONE: No such file or directory"),
+    ("export bundle --text NONE --no-validate", "--text does nothing with --no-validate"),
     *(
         (f"{command} {folder}", said)
         for command in ("simplify", "compile", "validate", "inspect", "bench", "run -p a", "chat")

@@ -27,18 +27,26 @@ class Shared:
         self.convert, self.folder, self.fresh = convert, folder, False
 
     def __call__(
-        self, checkpoint: Any, shape: Any, target: str, precision: str, split_mlp: bool = False
+        self,
+        checkpoint: Any,
+        shape: Any,
+        target: str,
+        precision: str,
+        split_mlp: bool = False,
+        kept_fp32: Any = (),
     ) -> Any:
         import onnx_ir as ir
 
         def trace() -> Any:
-            return self.convert(checkpoint, shape, target, precision, split_mlp=split_mlp)
+            options = {"split_mlp": split_mlp, "kept_fp32": kept_fp32}
+            return self.convert(checkpoint, shape, target, precision, **options)
 
         if self.fresh:
             return trace()
         model = [str(checkpoint.family.build), checkpoint.config.to_dict(), checkpoint.tied]
         # A trace for int4 is one for int8: which codes there are is decided after it.
         of = [*model, shape.model_dump(), target, precision.replace("int4", "int8"), split_mlp]
+        of += [sorted(kept_fp32)]
         key = hashlib.sha256(json.dumps(of, default=str, sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{key}.onnx"
         if not path.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from stillgraph.exporter.ir.node_names import name_the_rest
 from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.staging import staged
+from stillgraph.exporter.trace.half_range import beyond, calibrate
 from stillgraph.exporter.trace.tracing import convert
 from stillgraph.files import check_files, describe
 from stillgraph.manifest import (
@@ -84,7 +86,11 @@ def export(
         _carry(checkpoint, folder, say)
         # Before any work, since it refuses files that cannot be used.
         called = calling(checkpoint, [*(graph.shape for graph in kept.values()), *shapes], folder)
-        traced = [_trace(checkpoint, shape, config, say) for shape in shapes]
+        kept_fp32 = former.kept_fp32 if former else dict[str, float]()
+        if former is None and config.precision == "fp16":
+            say("measuring what fp16 cannot hold")
+            kept_fp32 = beyond(calibrate(checkpoint, folder, called.tokens))
+        traced = [_trace(checkpoint, shape, config, kept_fp32, say) for shape in shapes]
         say("writing weights")
         stored = _write_weights(folder, checkpoint, traced, former)
         graphs = kept | {
@@ -92,7 +98,7 @@ def export(
         }
         _drop_unlisted(folder, graphs)
         _write_simplify_report(folder, traced, graphs, stored, say)
-        manifest = _manifest(folder, checkpoint, config, graphs, stored, called)
+        manifest = _manifest(folder, checkpoint, config, kept_fp32, graphs, stored, called)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -110,7 +116,9 @@ def _check_shapes(
             check_fits_bundle(config, checkpoint.sha256, shape, former)
 
 
-def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say: Say) -> Traced:
+def _trace(
+    checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, kept_fp32: Collection[str], say: Say
+) -> Traced:
     say(f"tracing {shape.name}")
     plan = None
     if config.quantization is not None:
@@ -121,6 +129,7 @@ def _trace(checkpoint: Checkpoint, shape: GraphShape, config: ExportConfig, say:
         config.target,
         config.precision,
         split_mlp=plan is not None and plan.splits_mlp(shape),
+        kept_fp32=kept_fp32,
     )
     recipes: list[Weight] = [*take_out(model, list(checkpoint.tensors))]
     before = model.clone()
@@ -227,6 +236,7 @@ def _manifest(
     folder: Path,
     checkpoint: Checkpoint,
     config: ExportConfig,
+    kept_fp32: dict[str, float],
     graphs: dict[str, GraphEntry],
     stored: Weights,
     called: Calling,
@@ -242,6 +252,7 @@ def _manifest(
         target=config.target,
         precision=config.precision,
         quantization=config.quantization,
+        kept_fp32=kept_fp32,
         requires=Requires(onnxruntime=least_onnxruntime(graphs.values())),
         tools={name: importlib.metadata.version(name) for name in TOOLS},
         graphs=graphs,

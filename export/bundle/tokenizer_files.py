@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -181,21 +182,44 @@ def chat_template(source: Path, fast: Any, sees: bool) -> str | None:
 def compare(folder: Path, fast: Any, names: dict[str, str], template: str | None) -> None:
     """Raises StillgraphError for the first text or chat of which a bundle's files make another thing than
     transformers' tokenizer."""
-    text, rendered = Text(folder), []
     remedy = "report this bug; without the tokenizer's files the export is for token ids alone"
+    for _, problem in _compared(folder, fast, names, template):
+        if problem is not None:
+            raise StillgraphError(STAGE, problem, remedy)
+
+
+def equal_of_all(source: Path, folder: Path, sees: bool) -> dict[Literal["text", "chat"], list[bool]] | None:
+    """Of each text and each chat of the corpus, whether a bundle's files make of it what transformers makes.
+
+    source: the checkpoint's folder; sees: as for `write_tokenizer`. None where there is no tokenizer.
+    """
+    loaded = load(source)
+    if loaded is None:
+        return None
+    fast, found = loaded.fast, dict[Literal["text", "chat"], list[bool]]()
+    template = chat_template(source, fast, sees)
+    for kind, problem in _compared(folder, fast, dict(fast.special_tokens_map), template):
+        found.setdefault(kind, []).append(problem is None)
+    return found
+
+
+def _compared(
+    folder: Path, fast: Any, names: dict[str, str], template: str | None
+) -> Iterator[tuple[Literal["text", "chat"], str | None]]:
+    """What differs of each chat, and of each text with and without special tokens; None of an equal one."""
+    text, rendered = Text(folder), []
     for chat in CHATS if template is not None else ():
         ours, theirs = _ours(folder, names, chat), _theirs(fast, template, chat)
-        if ours != theirs:
-            problem = f"the chat template makes {ours!r:.80} of {chat}, and transformers {theirs!r:.80}"
-            raise StillgraphError(STAGE, problem, remedy)
+        said = f"the chat template makes {ours!r:.80} of {chat}, and transformers {theirs!r:.80}"
+        yield "chat", None if ours == theirs else said
         rendered += [] if ours is None else [ours]
     texts = [*TEXTS, *rendered, *around(fast.get_added_vocab())]
     for special in (True, False):
         for written, expected in zip(texts, _ids(fast, texts, special), strict=True):
             found = text.encode(written, special)
-            if found != expected or text.decode(found) != fast.decode(expected, skip_special_tokens=True):
-                problem = f"the ids of {written!r:.80} are {found[:20]}, and transformers' {expected[:20]}"
-                raise StillgraphError(STAGE, problem, remedy)
+            same = found == expected and text.decode(found) == fast.decode(expected, skip_special_tokens=True)
+            said = f"the ids of {written!r:.80} are {found[:20]}, and transformers' {expected[:20]}"
+            yield "text", None if same else said
 
 
 def _ids(fast: Any, texts: list[str], special: bool) -> list[list[int]]:

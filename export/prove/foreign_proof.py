@@ -19,6 +19,7 @@ from stillgraph.exporter.prove.diagnosis import diagnose
 from stillgraph.exporter.prove.foreign import ForeignGraph, discover, find_graph
 from stillgraph.exporter.prove.foreign_driver import ForeignDecoder, open_foreign
 from stillgraph.exporter.prove.foreign_weights import use_weights_of
+from stillgraph.exporter.texts.passages import default_texts
 from stillgraph.exporter.validate.cases import (
     Depth,
     ValidationPlan,
@@ -205,7 +206,12 @@ class ForeignProof:
         )
 
     def _reference(self, model: Any, kind: TextKind, wanted: set[int]) -> Reference:
-        ids = text_ids(self.checkpoint.folder, self.subject) if kind == "text" else random_ids(self.subject)
+        folder = self.checkpoint.folder
+        ids = (
+            text_ids(folder, self.subject, default_texts(folder))
+            if kind == "text"
+            else random_ids(self.subject)
+        )
         kinds = {self.gate(plan).kind for plan in self.plans if plan.text == kind}
         run = exact_reference if "own" in kinds else reference
         return run(model, ids, wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +18,7 @@ from stillgraph.exporter.targets import TARGETS
 from stillgraph.exporter.tensor_files import parameter_names
 from stillgraph.exporter.trace.attention import portable_attention
 from stillgraph.exporter.trace.graphs import GRAPHS
+from stillgraph.exporter.trace.half_range import keep_fp32
 from stillgraph.manifest import Precision, Target
 from stillgraph.patches.half_weights import half_linear
 from stillgraph.patches.patch import Patch, applied
@@ -30,18 +31,24 @@ EXAMPLE_LENGTHS = {NEW: 3, PAST: 5}  # torch.export would take 0 and 1 for const
 
 
 def convert(
-    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, split_mlp: bool = False
+    checkpoint: Checkpoint,
+    shape: GraphShape,
+    target: Target,
+    precision: Precision,
+    split_mlp: bool = False,
+    kept_fp32: Collection[str] = (),
 ) -> ir.Model:
     """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
 
-    split_mlp: gate and up are two products. The weights' contents are not those of the checkpoint: the model
-    is traced over untouched memory.
+    split_mlp: gate and up are two products; kept_fp32: linear modules that stay so in fp16. The weights'
+    contents are not those of the checkpoint: the model is traced over untouched memory.
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
     patches = _patches(checkpoint, shape, target, precision, split_mlp)
     with registered_attention(), applied(patches), quiet():
         model = checkpoint.build(ATTENTION)
+        keep_fp32(model, kept_fp32)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
         program = torch.onnx.export(
             module,

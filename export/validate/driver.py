@@ -5,10 +5,10 @@ Shapes: B rows, N tokens, S tokens of a call, C cache slots, KV key/value heads,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from stillgraph.exporter.ort import open_graph, run
 from stillgraph.exporter.validate import image
@@ -20,6 +20,7 @@ Cache = dict[tuple[int, PortRole], np.ndarray]  # buffers [B, KV, C, D] by layer
 
 
 Feeds = dict[PortRole, np.ndarray]
+Runnable = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # a graph, by names of its ports
 
 
 class GraphRun:
@@ -40,7 +41,7 @@ class GraphRun:
         assert cached is not None
         self.cached = cached  # the graph whose buffers the cache is made of
         self.rows = np.arange(cached.shape.batch)
-        self._open: tuple[str, ort.InferenceSession] | None = None
+        self._open: tuple[str, Runnable] | None = None
 
     def new_cache(self) -> Cache:
         """Buffers that hold nothing: every slot is poisoned."""
@@ -88,9 +89,7 @@ class GraphRun:
             return {"token_ids": chunk}
         embed = self.manifest.graph("embed")
         assert embed is not None
-        pack = self.optimized and self.manifest.quantization is not None
-        session = open_graph(self.bundle / embed.file.path, self.optimized, pack)
-        (embeddings,) = session.run(None, {embed.input("token_ids").name: chunk})
+        (embeddings,) = self.load(embed)({embed.input("token_ids").name: chunk}).values()
         pictures = np.zeros_like(chunk)
         if self.features is not None:
             for row in self.rows:
@@ -102,9 +101,15 @@ class GraphRun:
         assert graph is not None
         if self._open is None or self._open[0] != role:
             self._open = None  # before the next is loaded
-            pack = self.optimized and self.manifest.quantization is not None
-            self._open = role, open_graph(self.bundle / graph.file.path, self.optimized, pack)
+            self._open = role, self.load(graph)
         return graph
+
+    def load(self, graph: GraphEntry) -> Runnable:
+        """What runs a graph."""
+        pack = self.optimized and self.manifest.quantization is not None
+        session = open_graph(self.bundle / graph.file.path, self.optimized, pack)
+        names = [output.name for output in session.get_outputs()]
+        return lambda feeds: dict(zip(names, run(session, feeds, graph.aliases), strict=True))
 
     def _call(self, graph: GraphEntry, given: Feeds, cache: Cache, lengths: np.ndarray) -> np.ndarray:
         """Run a graph and put what it returns where its valid tokens are into the cache.
@@ -112,14 +117,11 @@ class GraphRun:
         given: by role; what the graph does not take is left out.
         """
         assert self._open is not None
-        session = self._open[1]
         feeds = {
             port.name: given[port.role] if port.layer is None else cache[port.layer, port.role]
             for port in graph.inputs
         }
-        found = dict(
-            zip((o.name for o in session.get_outputs()), run(session, feeds, graph.aliases), strict=True)
-        )
+        found = self._open[1](feeds)
         for port in graph.outputs:
             if port.layer is None:
                 continue

@@ -22,14 +22,15 @@ FLOOR = 2.0**-22  # four roundoffs of fp32: PyTorch's own error may be 0 where a
 ROUNDED_KL = 0.2
 ROUNDED_MISSES = 0.3
 
-Measure = Literal["worst", "RMS", "mean KL", "top-1 misses"]
+Measure = Literal["worst", "RMS", "mean KL", "top-1 misses", "magnitude"]
 
 
 class Check(Frozen):
     """One error and what it may be. layer, row, position: where it is largest; None where it has no place.
 
     value: of `worst`, the largest difference over the largest magnitude; of `RMS`, the root mean square of
-    differences over that of magnitudes; of `mean KL`, nats; of `top-1 misses`, a share of positions.
+    differences over that of magnitudes; of `mean KL`, nats; of `top-1 misses`, a share of positions; of
+    `magnitude`, the largest in the inputs and results of a module's products.
     """
 
     what: What
@@ -52,6 +53,9 @@ class Check(Frozen):
         return math.inf if math.isnan(self.value) else self.value / self.bound
 
     def __str__(self) -> str:
+        if self.measure == "magnitude":
+            where = "" if self.layer is None else f" of layer {self.layer}"
+            return f"a magnitude of {self.value:.3g} of fp16 {self.what}{where}"
         names = {"mean KL": "mean KL divergence", "top-1 misses": "share of other best tokens"}
         name = names.get(self.measure, "relative error")
         kind = " (RMS)" if self.measure == "RMS" else ""

@@ -14,7 +14,7 @@ import numpy as np
 from stillgraph.exporter.validate.metrics import Comparison, Magnitudes, cache_error, compare
 from stillgraph.exporter.validate.reference import Reference
 
-What = Literal["logits", "keys", "values", "features"]
+What = Literal["logits", "keys", "values", "features", "products"]
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,13 @@ class Comparison(Frozen):
 class Divergence(Frozen):
     """Logits at one position against those of the checkpoint's own weights, which are others.
 
-    kl, nll in nats, kl from the checkpoint; nll of the text's next token, None at the end of the text.
+    kl, nll in nats, kl from the checkpoint; nll of the text's next token.
     """
 
     kl: float
     top1_equal: bool
-    nll: float | None
-    original_nll: float | None
+    nll: float
+    original_nll: float
 
 
 def compare(row: int, position: int, reference: np.ndarray, found: np.ndarray) -> Comparison:
@@ -78,20 +78,20 @@ def compare(row: int, position: int, reference: np.ndarray, found: np.ndarray) -
     )
 
 
-def diverge(original: np.ndarray, found: np.ndarray, token: int | None) -> Divergence:
+def diverge(original: np.ndarray, found: np.ndarray, token: int) -> Divergence:
     """Measure logits [V] against those of the checkpoint; token: the one that comes next in the text."""
     original_log, found_log = log_softmax(original), log_softmax(found)
     return Divergence(
         kl=kl_divergence(original_log, found_log),
         top1_equal=bool(original.argmax() == found.argmax()),
-        nll=None if token is None else -float(found_log[token]),
-        original_nll=None if token is None else -float(original_log[token]),
+        nll=-float(found_log[token]),
+        original_nll=-float(original_log[token]),
     )
 
 
 def kl_divergence(reference: np.ndarray, found: np.ndarray) -> float:
     """KL divergence in nats from log-probabilities [V]; rounding may bring it below 0, which it cannot be."""
-    return max(0.0, float(np.sum(np.exp(reference) * (reference - found))))
+    return float(np.maximum(0.0, np.sum(np.exp(reference) * (reference - found))))  # NaN stays NaN
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

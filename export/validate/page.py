@@ -23,6 +23,7 @@ from stillgraph.exporter.validate.report import (
     broken_row,
     case_row,
 )
+from stillgraph.exporter.validate.table import NOTES, columns_of, overview, text_tables
 from stillgraph.manifest import Manifest
 
 INK = "#808691"  # reads on white and on black
@@ -41,6 +42,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .85rem; }
 th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #8884; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+.deployed th:nth-child(2), .deployed td:nth-child(2) { text-align: right; } h3 { font-size: .95rem; }
 tr.broken { color: #dc2626; font-weight: 600; }
 svg { width: 100%; height: auto; } .scroll { overflow-x: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; }
@@ -59,6 +61,17 @@ over its bound is {{ "%.3g" | format(parity.worst_ratio) }}.</p>
 <thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endfor %}
+<h2>Graphs as they run</h2><p>{{ notes }}</p>
+{% for title, rows in deployed %}{% if title %}<h3>{{ title }}</h3>{% endif %}
+<div class="scroll"><table class="deployed">
+<thead><tr><th></th>{% for kind in parity.kinds %}<th>{{ kind.name }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endfor %}
+{% for kind in parity.kinds if kind.layers %}<details><summary>Layers of {{ kind.name }}, the noisiest first
+</summary><table><thead><tr><th>layer</th><th>keys, dB</th><th>values, dB</th></tr></thead>
+<tbody>{% for layer in kind.noisiest %}<tr><td>{{ layer.layer }}</td>
+<td>{{ "%.1f" | format(layer.keys) }}</td><td>{{ "%.1f" | format(layer.values) }}</td></tr>
+{% endfor %}</tbody></table></details>{% endfor %}
 {% if quality %}<h2>Quality of the quantized weights</h2>
 <p>The errors above are of the graph, against PyTorch with the same quantized weights. This is what those
 weights cost against the checkpoint's own, over {{ quality.positions }} positions of
@@ -88,11 +101,13 @@ reference's keys and values. max, mean and relative: of logits. cache: the worst
 
 def write_page(manifest: Manifest, parity: Parity) -> str:
     """The page's HTML."""
+    columns = columns_of(manifest, parity)
     facts = [
         ("model", manifest.source.id),
         ("target, precision", f"{manifest.target}, {manifest.precision}"),
         ("graphs", ", ".join(manifest.graphs)),
         ("date, depth", f"{parity.date}, {parity.depth}"),
+        ("CPU", parity.cpu),
         ("versions", ", ".join(f"{name} {version}" for name, version in parity.tools.items())),
         ("weights", parity.weights),
     ]
@@ -109,6 +124,8 @@ def write_page(manifest: Manifest, parity: Parity) -> str:
                 [agreement_row(found) for found in parity.agreements],
             ),
         ],
+        deployed=[("", overview(columns)), *text_tables(columns)],
+        notes=NOTES.replace("`", ""),
         columns=COLUMNS,
         rows=[(not parity.within_bound(case), case_row(case)) for case in parity.cases],
         positions=Markup(_figure(parity, _plot_positions)),

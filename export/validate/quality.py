@@ -1,111 +1,208 @@
-"""What quantized weights cost, from divergences at many positions and the demo's questions.
+"""What graphs make of real text, against PyTorch with the checkpoint's own weights: the error of everything.
 
-Not the graph's error: that is measured against PyTorch with the same quantized weights
-(`stillgraph.exporter.validate.report`).
+Counted as llama.cpp does: a text is cut into chunks, the first half of each is given as a prompt, and the
+positions of the second half count. Shapes: B rows, C tokens of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from stillgraph.exporter.demo.stories import held_out
 from stillgraph.exporter.precisions import PRECISIONS
-from stillgraph.exporter.validate.cases import limit, max_len
+from stillgraph.exporter.texts.passages import Text, cut_chunks
+from stillgraph.exporter.validate.cases import Depth, continues, limit, max_len, random_ids
+from stillgraph.exporter.validate.divergences import summarize
 from stillgraph.exporter.validate.driver import Cache, GraphRun
+from stillgraph.exporter.validate.kinds import LayerNoise, TextStatistics
 from stillgraph.exporter.validate.metrics import Divergence, diverge
-from stillgraph.exporter.validate.reference import Reference
-from stillgraph.manifest import Manifest, Precision, Quality
+from stillgraph.exporter.validate.reference import Reference, reference
+from stillgraph.manifest import Manifest, Quality
 
-QUESTIONS = 100
+SHORTEST = 3  # tokens: a position in the second half has a next token
 
 
-def summarize(
-    precision: Precision, divergences: Sequence[Divergence], text: bool, recall: tuple[float, float] | None
-) -> Quality:
-    """Means over positions; text: whether the ids are one; recall: of the bundle and of the checkpoint."""
-    traits = PRECISIONS[precision]
+@dataclass(frozen=True)
+class Extent:
+    """How much of the texts is run. chunk: tokens; chunks: of each text; texts: of those that ship, None for
+    all."""
+
+    chunk: int = 512  # llama.cpp's default
+    chunks: int = 2
+    texts: int | None = None
+
+
+EXTENTS: dict[Depth, Extent] = {
+    "quick": Extent(chunk=256, chunks=1, texts=1),
+    "default": Extent(),
+    "full": Extent(chunks=8),
+}
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A text's chunks: int64 [n, C]. name: None of random ids."""
+
+    name: str | None
+    sha256: str
+    ids: np.ndarray
+
+    def batches(self, rows: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Ids [B, C] and how many of their rows count: the last chunk is repeated to fill the last batch."""
+        for start in range(0, len(self.ids), rows):
+            batch = self.ids[start : start + rows]
+            filler = np.repeat(batch[-1:], rows - len(batch), axis=0)
+            yield np.concatenate([batch, filler]), len(batch)
+
+
+def cut(bundle: Path, manifest: Manifest, texts: Sequence[Text], extent: Extent) -> list[Chunks]:
+    """The chunks of each text, from its beginning; of a text that is shorter than one, all of it.
+
+    A chunk begins with the token that begins a text, where the tokenizer puts one, as in llama.cpp. Without
+    a tokenizer they are of random ids, and none where the bundle holds too few tokens.
+    """
+    length, tokens = min(extent.chunk, limit(manifest)), manifest.calling.tokens
+    if length < SHORTEST:
+        return []
+    path = bundle / "tokenizer.json"
+    if not path.is_file():
+        ids = random_ids(manifest)[:1, :length]
+        return [Chunks(None, hashlib.sha256(ids.tobytes()).hexdigest(), ids)]
+    tokenizer, found = Tokenizer.from_file(str(path)), list[Chunks]()
+    bos = tokens.bos if tokens.tokenizer_adds_bos else None
+    for text in texts:
+        ids = cut_chunks(text.ids(tokenizer), length, extent.chunks, bos)
+        found.append(Chunks(text.name, text.sha256, ids))
+    return found
+
+
+@dataclass(frozen=True)
+class Original:
+    """PyTorch with the checkpoint's own weights over one batch of a text's chunks; rows: those that count."""
+
+    chunks: Chunks
+    truth: Reference
+    rows: int
+
+    @property
+    def first(self) -> int:
+        """The first position that counts."""
+        return int(self.truth.ids.shape[1]) // 2
+
+
+def originals(model: PreTrainedModel, texts: Sequence[Chunks], rows: int, folder: Path) -> list[Original]:
+    """PyTorch's passes; logits are kept in files of `folder`."""
+    found = list[Original]()
+    for chunks in texts:
+        size = chunks.ids.shape[1]
+        counted = set(range(size // 2, size - 1))
+        for ids, count in chunks.batches(rows):
+            spool = folder / f"{len(found)}.logits"
+            found.append(Original(chunks, reference(model, ids, counted, spool=spool), count))
+    return found
+
+
+@dataclass
+class TextRun:
+    """One kind of a bundle's graphs over the texts, as `originals` has them."""
+
+    divergences: dict[str, list[Divergence]] = field(default_factory=dict)  # by hash of the text
+    signal: dict[tuple[int, str], float] = field(default_factory=dict)  # sums of squares by layer and kind
+    noise: dict[tuple[int, str], float] = field(default_factory=dict)
+
+    @property
+    def all_divergences(self) -> list[Divergence]:
+        return [one for found in self.divergences.values() for one in found]
+
+    def statistics(self, texts: Sequence[Chunks]) -> tuple[TextStatistics, ...]:
+        return tuple(
+            TextStatistics(
+                text=chunks.name,
+                sha256=chunks.sha256,
+                chunk=chunks.ids.shape[1],
+                chunks=len(chunks.ids),
+                statistics=summarize(self.divergences[chunks.sha256]),
+            )
+            for chunks in texts
+        )
+
+    def layers(self) -> tuple[LayerNoise, ...]:
+        def decibels(layer: int, kind: Literal["key", "value"]) -> float:
+            noise = self.noise[layer, kind]
+            return math.inf if noise == 0 else 10 * float(np.log10(self.signal[layer, kind] / noise))
+
+        layers = sorted({layer for layer, _ in self.signal})
+        return tuple(
+            LayerNoise(layer=layer, keys=decibels(layer, "key"), values=decibels(layer, "value"))
+            for layer in layers
+        )
+
+
+def run_texts(bundle: Path, manifest: Manifest, given: Sequence[Original]) -> TextRun:
+    """Every batch through a bundle's graphs as a runtime runs them: prefill to the half, then token by token.
+
+    manifest: with one prefill.
+    """
+    graphs, found = GraphRun(bundle, manifest, optimized=True), TextRun()
+    # All prompts before all steps: one graph is in memory at a time.
+    begun = [_begin(graphs, manifest, one) for one in given]
+    for one, (cache, length, logits) in zip(given, begun, strict=True):
+        into = found.divergences.setdefault(one.chunks.sha256, [])
+        ids, end = one.truth.ids, one.truth.ids.shape[1] - 1
+        while True:
+            if length > one.first:
+                into += [
+                    diverge(one.truth.logits[length - 1][row], logits[row], int(ids[row, length]))
+                    for row in range(one.rows)
+                ]
+            if length == end:
+                break
+            logits = graphs.decode(cache, ids[:, length], np.full(len(ids), length))
+            length += 1
+        _add_noise(graphs, found, one, cache, length)
+        cache.clear()
+    return found
+
+
+def _begin(graphs: GraphRun, manifest: Manifest, one: Original) -> tuple[Cache, int, np.ndarray]:
+    """The cache after the prompt, its length, and the logits of its last token."""
+    most = one.first + 1 if continues(manifest) else min(one.first + 1, max_len(manifest) or 1)
+    cache = graphs.new_cache()
+    return cache, most, graphs.prefill(cache, one.truth.ids, np.full(len(one.truth.ids), most))
+
+
+def _add_noise(graphs: GraphRun, run: TextRun, one: Original, cache: Cache, length: int) -> None:
+    """Squares of the keys and values in the cache, and of their differences from PyTorch's."""
+    for (layer, role), block in cache.items():
+        first = graphs.first_position(layer, length)
+        blocks = one.truth.keys if role == "key" else one.truth.values
+        truth = blocks[layer][: one.rows, :, first:length].astype(np.float64)
+        error = block[: one.rows, :, : length - first] - truth
+        for sums, values in ((run.signal, truth), (run.noise, error)):
+            sums[layer, role] = sums.get((layer, role), 0.0) + float(np.square(values).sum())
+
+
+def cost(manifest: Manifest, run: TextRun, text: bool, recalled: tuple[float, float] | None) -> Quality:
+    """What quantized weights cost over all texts; recalled: of the bundle and of the checkpoint."""
+    traits, all_of_it = PRECISIONS[manifest.precision], summarize(run.all_divergences)
     return Quality(
         text=text,
-        positions=len(divergences),
-        kl=float(np.mean([divergence.kl for divergence in divergences])),
-        top1_agreement=float(np.mean([divergence.top1_equal for divergence in divergences])),
-        perplexity=perplexity(divergence.nll for divergence in divergences),
-        original_perplexity=perplexity(divergence.original_nll for divergence in divergences),
-        recall=recall and recall[0],
-        original_recall=recall and recall[1],
+        positions=all_of_it.positions,
+        kl=all_of_it.kl.value,
+        top1_agreement=all_of_it.same_top.value,
+        perplexity=all_of_it.perplexity.value,
+        original_perplexity=all_of_it.original_perplexity.value,
+        ratio_error=all_of_it.ratio.error,
+        recall=recalled and recalled[0],
+        original_recall=recalled and recalled[1],
         kl_bound=traits.max_kl,
         perplexity_bound=traits.max_perplexity,
     )
-
-
-def perplexity(losses: Iterable[float | None]) -> float:
-    """exp of the mean negative log-likelihood in nats; None has no next token."""
-    return math.exp(float(np.mean([loss for loss in losses if loss is not None])))
-
-
-def walk(bundle: Path, manifest: Manifest, original: Reference, end: int) -> list[Divergence]:
-    """How a text's logits diverge: a prompt of as much as the prefill takes, then token by token to `end`.
-
-    original: of the checkpoint's own weights, over the ids [B, N], logits at every position before `end`.
-    """
-    graphs = GraphRun(bundle, manifest, optimized=True)
-    ids, found = original.ids, list[Divergence]()
-    cache, lengths = graphs.new_cache(), np.full(len(graphs.rows), min(max_len(manifest) or 1, end))
-    logits = graphs.prefill(cache, ids, lengths)
-    while True:
-        for row in graphs.rows:
-            position = int(lengths[row]) - 1
-            token = int(ids[row, position + 1]) if position + 1 < ids.shape[1] else None
-            found.append(diverge(original.logits[position][row], logits[row], token))
-        if int(lengths[0]) == end:
-            return found
-        logits = graphs.decode(cache, ids[graphs.rows, lengths], lengths)
-        lengths = lengths + 1
-
-
-def walked(manifest: Manifest, end: int) -> set[int]:
-    """The positions that a walk compares."""
-    return set(range(min(max_len(manifest) or 1, end) - 1, end))
-
-
-def recall(bundle: Path, manifest: Manifest, model: PreTrainedModel) -> tuple[float, float]:
-    """Share of the demo's held-out questions that the bundle and the checkpoint answer word for word."""
-    from stillgraph.exporter.demo.train_text import Recall, right
-
-    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    far, room = max(manifest.model.windows, default=0), limit(manifest)
-    told = (Recall.of(story, tokenizer) for story in held_out(seed=0))
-    asked = list(islice((r for r in told if r.distance > far and len(r.ids) <= room), QUESTIONS))
-    graphs = GraphRun(bundle, manifest, optimized=True)
-    # All prompts before all answers: one graph is in memory at a time.
-    begun = [_prompted(graphs, question.ids, question.start) for question in asked]
-    found = [_answers(graphs, *start, q.ids, q.start) for start, q in zip(begun, asked, strict=True)]
-    model.set_attn_implementation("sdpa")  # eager attention has no masks of bool
-    original = [right(model, question) for question in asked]
-    return float(np.mean(found)), float(np.mean(original))
-
-
-def _prompted(graphs: GraphRun, ids: Sequence[int], start: int) -> tuple[Cache, int]:
-    """The cache of a prompt, the same in every row, and the best token after it."""
-    cache, rows = graphs.new_cache(), len(graphs.rows)
-    logits = graphs.prefill(cache, np.tile(np.array(ids), (rows, 1)), np.full(rows, start))
-    return cache, int(logits[0].argmax())
-
-
-def _answers(graphs: GraphRun, cache: Cache, best: int, ids: Sequence[int], start: int) -> bool:
-    """Whether greedy decoding gives ids from `start` on: each of them is the best after those before."""
-    rows = len(graphs.rows)
-    for position in range(start, len(ids)):
-        if best != ids[position]:
-            return False
-        if position + 1 < len(ids):
-            logits = graphs.decode(cache, np.full(rows, ids[position]), np.full(rows, position))
-            best = int(logits[0].argmax())
-    return True

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,14 +60,29 @@ class Reference:
 
 @torch.no_grad()
 def reference(
-    model: Any, ids: np.ndarray, positions: set[int], vision: VisionSpec | None = None
+    model: Any,
+    ids: np.ndarray,
+    positions: set[int],
+    vision: VisionSpec | None = None,
+    spool: Path | None = None,
 ) -> Reference:
     """Run the original model over `ids` [B, N]; keep the logits at `positions`.
 
-    vision: of a text with the picture of image.py in it, which is given whole with the first chunk.
+    vision: of a text with the picture of image.py in it, which is given whole with the first chunk. spool:
+    a new file that holds the logits, where those of many positions would fill the memory.
     """
     logits: dict[int, np.ndarray] = {}
-    cache = _run(model, ids, positions, vision, logits.__setitem__)
+
+    def keep(position: int, found: np.ndarray) -> None:
+        if spool is not None:
+            mode: Literal["r+", "w+"] = "r+" if logits else "w+"
+            size = len(positions), *found.shape
+            block = np.memmap(spool, np.float32, mode, shape=size)[len(logits)]
+            block[:] = found
+            found = block
+        logits[position] = found
+
+    cache = _run(model, ids, positions, vision, keep)
     keys = [_numpy(layer.keys) for layer in cache.layers]
     values = [_numpy(layer.values) for layer in cache.layers]
     return Reference(ids, logits, keys, values, _features(model, vision))

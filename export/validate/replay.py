@@ -19,6 +19,7 @@ from stillgraph.exporter.validate.gates import Gate
 from stillgraph.exporter.validate.measures import CaseMeasures
 from stillgraph.exporter.validate.reference import Reference
 from stillgraph.exporter.validate.report import CaseResult
+from stillgraph.exporter.validate.written import WrittenRun
 from stillgraph.manifest import Manifest
 from stillgraph.ports import PortRole
 
@@ -44,7 +45,8 @@ class Replay:
         self.manifest, self.truth, self.plan, self.gate, self.say = manifest, truth, plan, gate, say
         seen = image.features(bundle, manifest, plan.optimized) if plan.text == "picture" else None
         self.seen = seen
-        self.graphs = GraphRun(bundle, manifest, plan.optimized, seen)
+        kind = WrittenRun if plan.as_written else GraphRun
+        self.graphs = kind(bundle, manifest, plan.optimized, seen)
         self.rows, self.layers = self.graphs.rows, self.graphs.layers
 
     def run(self) -> list[CaseResult]:
@@ -110,5 +112,6 @@ class Replay:
             cache_errors=measures.cache_errors,
             checks=self.gate.checks(measures.measured()),
             feature_error=measures.feature_error,
+            as_written=self.plan.as_written,
             int8_activations=any(graph.shape.int8_activations for graph in self.manifest.graphs.values()),
         )

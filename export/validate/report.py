@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from stillgraph.exporter.validate.gates import Check, Gate
+from stillgraph.exporter.validate.kinds import Kind, Peak, TokenizerCount
 from stillgraph.exporter.validate.metrics import Comparison
 from stillgraph.manifest import Quality, Validation
 from stillgraph.spec import Frozen
@@ -40,7 +41,8 @@ class CaseResult(Frozen):
     """One prompt and the decode steps after it. cache_errors: per layer, the worst relative to the largest
     value; checks: all broken ones, and the nearest to its bound of each kind, worst first; feature_error: of
     the features of the text's picture; int8_activations: whether it is of the prefill that rounds them;
-    given: how a graph of growing lengths was driven, in words."""
+    as_written: whether onnx evaluated each op in the numbers that it names; given: how a graph of growing
+    lengths was driven, in words."""
 
     text: TextKind
     optimized: bool
@@ -51,10 +53,13 @@ class CaseResult(Frozen):
     checks: tuple[Check, ...]
     feature_error: float | None = None
     int8_activations: bool = False
+    as_written: bool = False
     given: str = ""
 
     @property
     def title(self) -> str:
+        if self.as_written:
+            return f"{self.text} ids, as written, prompt {self.prompt}"
         given = f" {self.given}" if self.start == "prefill" else " from given keys and values"
         title = _title(self.text, self.optimized, self.int8_activations)
         return f"{title}, prompt {self.prompt}{given}".rstrip()
@@ -90,16 +95,20 @@ class Parity(Frozen):
     graphs: dict[str, str]
     weights: str
     cases: tuple[CaseResult, ...]
+    cpu: str = ""
     agreements: tuple[Agreement, ...] = ()
     quality: Quality | None = None
+    kinds: tuple[Kind, ...] = ()
+    tokenizer: TokenizerCount | None = None
+    peaks: tuple[Peak, ...] = ()
 
     @property
     def max_relative_error(self) -> float:
-        return max((case.worst.relative_error for case in self.cases), key=_nan_last)
+        return worst_of([case.worst.relative_error for case in self.cases]) or 0.0
 
     @property
     def max_cache_error(self) -> float:
-        return max((error for case in self.cases for error in case.cache_errors), key=_nan_last, default=0.0)
+        return worst_of([error for case in self.cases for error in case.cache_errors]) or 0.0
 
     @property
     def top1_agreement(self) -> float:
@@ -107,13 +116,15 @@ class Parity(Frozen):
 
     @property
     def passed(self) -> bool:
-        return not self.broken and (self.quality is None or self.quality.passed)
+        tokenized = self.tokenizer is None or self.tokenizer.passed
+        return not self.broken and tokenized and (self.quality is None or self.quality.passed)
 
     @property
     def checks(self) -> list[tuple[str, Check]]:
         """Every check and of what it is, the worst first."""
         found = [(case.title, check) for case in self.cases for check in case.checks]
         found += [(whole.title, check) for whole in self.agreements for check in whole.checks]
+        found += [(peak.module, peak.check) for peak in self.peaks]
         return sorted(found, key=lambda pair: -pair[1].ratio)
 
     @property
@@ -134,8 +145,7 @@ class Parity(Frozen):
     @property
     def max_feature_error(self) -> float | None:
         """None where no case has a picture."""
-        errors = [case.feature_error for case in self.cases if case.feature_error is not None]
-        return max(errors, key=_nan_last, default=None)
+        return worst_of([case.feature_error for case in self.cases if case.feature_error is not None])
 
     def validation(self) -> Validation:
         return Validation(
@@ -161,6 +171,8 @@ class Parity(Frozen):
                 f" {self.quality.kl_bound:.1e}) and {ratio:.3f} of the perplexity (bound"
                 f" {self.quality.perplexity_bound})"
             )
+        if self.tokenizer is not None and not self.tokenizer.passed:
+            return f"of the tokenizer's corpus {self.tokenizer} are as in transformers"
         return None
 
     def tables(self) -> list[Table]:
@@ -262,8 +274,9 @@ def case_row(case: CaseResult) -> list[str]:
     rows = 1 + max(c.row for c in case.comparisons)
     prompt = f"{case.prompt}" + ("" if case.start == "prefill" else " (given)")
     prompt += " (int8)" if case.int8_activations else f" {case.given}".rstrip()
+    how = "as written" if case.as_written else "on" if case.optimized else "off"
     return [
-        case.text, "on" if case.optimized else "off", prompt, f"{len(case.comparisons) // rows - 1}",
+        case.text, how, prompt, f"{len(case.comparisons) // rows - 1}",
         f"{worst.max_error:.1e}", f"{np.mean([c.mean_error for c in case.comparisons]):.1e}",
         f"{worst.relative_error:.1e}", f"{max(c.kl for c in case.comparisons):.1e}", f"{agreement:.0%}",
         f"{worst.position}", f"{max(case.cache_errors):.1e}" if case.cache_errors else "",
@@ -274,6 +287,11 @@ def case_row(case: CaseResult) -> list[str]:
 def _title(text: TextKind, optimized: bool, int8_activations: bool) -> str:
     prefill = ", int8 prefill" if int8_activations else ""
     return f"{text} ids, optimizations {'on' if optimized else 'off'}{prefill}"
+
+
+def worst_of(values: Sequence[float]) -> float | None:
+    """The largest, a NaN before all others; None of none."""
+    return max(values, key=_nan_last, default=None)
 
 
 def _nan_last(value: float) -> float:

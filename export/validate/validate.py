@@ -9,68 +9,73 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+from stillgraph.cpu import cpu_name
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.checkpoint import Checkpoint, open_checkpoint
-from stillgraph.exporter.checkpoint_folder import DEMO
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.staging import staged_file
+from stillgraph.exporter.texts.passages import Text, default_texts, read_texts
+from stillgraph.exporter.trace.half_range import beyond, magnitudes
 from stillgraph.exporter.validate.cases import (
     Depth,
     ValidationPlan,
-    limit,
     make_plans,
     positions,
     random_ids,
     text_ids,
+    written,
 )
 from stillgraph.exporter.validate.dynamic_replay import dynamic_replay
 from stillgraph.exporter.validate.fake_quantize import dequantize
 from stillgraph.exporter.validate.gates import Gate, gate, why
 from stillgraph.exporter.validate.image import with_picture
+from stillgraph.exporter.validate.kinds import Peak
+from stillgraph.exporter.validate.measure_kinds import Measured, count_tokenizer, measure
 from stillgraph.exporter.validate.page import write_page
-from stillgraph.exporter.validate.quality import recall, summarize, walk, walked
+from stillgraph.exporter.validate.quality import EXTENTS
 from stillgraph.exporter.validate.reference import Reference, exact_reference, reference
 from stillgraph.exporter.validate.replay import Replay
 from stillgraph.exporter.validate.report import Agreement, CaseResult, Parity, TextKind, agree
 from stillgraph.files import check_files
-from stillgraph.manifest import MANIFEST, Manifest, Quality, read
+from stillgraph.manifest import MANIFEST, Manifest, read
 
 STAGE = "validate"
-QUICK_WALK = 256  # tokens of a text for the quality of weights
 
 
-def validate(bundle: Path, *, model: str | None = None, depth: Depth = "default", say: Say) -> Parity:
+def validate(
+    bundle: Path,
+    *,
+    model: str | None = None,
+    depth: Depth = "default",
+    texts: Sequence[Path] = (),
+    say: Say,
+) -> Parity:
     """Validate a bundle, write its reports and its manifest's result, and return the report.
 
     model: the checkpoint, by default the one that the manifest names; depth: `quick` (optimized, random ids),
-    `default`, or `full` (every slot of ctx in every setting). Raises StillgraphError for bad input; a broken
-    bound is a report with `passed` false.
+    `default`, or `full` (every slot of ctx in every setting); texts: files over which statistics are made, by
+    default those that ship. Raises StillgraphError for bad input; a broken bound is a report with `passed`
+    false.
     """
+    own = read_texts(texts)
     manifest = read(bundle)
     check_files(bundle, manifest)
     if not any(graph.shape.caches for graph in manifest.graphs.values()):
         raise StillgraphError(STAGE, f"{bundle} has no prefill and no decode graph", "export one into it")
-    plans = make_plans(manifest, depth)
-    proof = Proof(bundle, manifest, _checkpoint(bundle, manifest, model), depth, say)
-    quality = proof.quality() if manifest.quantization else None
+    plans = [*make_plans(manifest, depth), *written(manifest)]
+    checkpoint = _checkpoint(bundle, manifest, model)
+    used = own or default_texts(checkpoint.folder)[: EXTENTS[depth].texts]
+    proof = Proof(bundle, manifest, checkpoint, used, say)
+    measured = measure(bundle, manifest, checkpoint, used, depth, say)
     for part in proof.parts():
         proof.replay(part, plans)
-    parity = Parity(
-        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        depth=depth,
-        why_bound=why(manifest.model, manifest.precision),
-        tools={name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")},
-        graphs={name: graph.file.sha256 for name, graph in manifest.graphs.items()},
-        weights=manifest.weights.file.sha256,
-        cases=tuple(proof.cases),
-        agreements=tuple(proof.agreements),
-        quality=quality,
-    )
+    parity = proof.report(depth, measured)
     _write_reports(bundle, manifest, parity)
     return parity
 
@@ -80,31 +85,13 @@ class Proof:
     it."""
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, checkpoint: Checkpoint, depth: Depth, say: Say
+        self, bundle: Path, manifest: Manifest, checkpoint: Checkpoint, texts: Sequence[Text], say: Say
     ) -> None:
         self.bundle, self.manifest, self.checkpoint = bundle, manifest, checkpoint
-        self.depth, self.say = depth, say
+        self.texts, self.say = texts, say
         self.cases: list[CaseResult] = []
         self.agreements: list[Agreement] = []
-
-    def quality(self) -> Quality | None:
-        """What the quantized weights cost; None for a bundle that lacks a graph."""
-        manifest = self.manifest
-        if manifest.graph("prefill") is None or manifest.graph("decode") is None:
-            return None
-        text = (self.bundle / "tokenizer.json").is_file()
-        end = min(limit(manifest), QUICK_WALK) if self.depth == "quick" else limit(manifest)
-        self.say("loading PyTorch's model")
-        model = self.checkpoint.load()
-        self.say("PyTorch's pass, for the quality of the weights")
-        ids = self.ids("text" if text else "random")[:, : end + 1]
-        original = reference(model, ids, walked(manifest, end))
-        demo = self.checkpoint.folder == DEMO and self.depth != "quick"
-        recalled = recall(self.bundle, manifest, model) if demo else None
-        del model
-        self.say("the same text through the graphs")
-        divergences = walk(self.bundle, manifest, original, end)
-        return summarize(manifest.precision, divergences, text, recalled)
+        self.peaks: tuple[Peak, ...] = ()
 
     def parts(self) -> list[Manifest]:
         """The bundle's graphs of the same weights; a prefill of int8 activations has its own."""
@@ -143,11 +130,41 @@ class Proof:
             vision = part.model.vision if kind == "picture" else None
             run = exact_reference if exact else reference
             found[kind] = run(model, self.ids(kind), wanted, vision)
+        if part.precision == "fp16":
+            self.say("measuring what fp16 must hold")
+            self.peaks = self.measured_peaks(model)
         return found
+
+    def measured_peaks(self, model: nn.Module) -> tuple[Peak, ...]:
+        """The largest magnitudes in products of fp16, over random ids and the texts; the largest first."""
+        kinds: list[TextKind] = ["random"]
+        kinds += ["text"] if (self.bundle / "tokenizer.json").is_file() else []
+        found = magnitudes(model, map(self.ids, kinds), self.manifest.model.vision)
+        half = {name: value for name, value in found.items() if name not in self.manifest.kept_fp32}
+        return tuple(Peak(module=name, magnitude=value) for name, value in beyond(half, limit=-1).items())
+
+    def report(self, depth: Depth, measured: Measured) -> Parity:
+        """Of all cases that were replayed, and of what was measured over texts."""
+        manifest, tools = self.manifest, ("torch", "transformers", "onnxruntime")
+        return Parity(
+            date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            depth=depth,
+            why_bound=why(manifest.model, manifest.precision),
+            tools={name: importlib.metadata.version(name) for name in tools},
+            cpu=cpu_name(),
+            graphs={name: graph.file.sha256 for name, graph in manifest.graphs.items()},
+            weights=manifest.weights.file.sha256,
+            cases=tuple(self.cases),
+            agreements=tuple(self.agreements),
+            quality=measured.quality,
+            kinds=measured.kinds(manifest, self.cases, self.peaks),
+            peaks=self.peaks,
+            tokenizer=count_tokenizer(self.bundle, manifest, self.checkpoint),
+        )
 
     def ids(self, kind: TextKind) -> np.ndarray:
         if kind == "text":
-            return text_ids(self.bundle, self.manifest)
+            return text_ids(self.bundle, self.manifest, self.texts)
         ids, vision = random_ids(self.manifest), self.manifest.model.vision
         return with_picture(ids, vision) if kind == "picture" and vision else ids
 

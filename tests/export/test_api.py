@@ -36,7 +36,7 @@ def test_it_has_the_options_of_the_command() -> None:
     def options(function: Any) -> dict[str, Any]:
         return {name: option.default for name, option in inspect.signature(function).parameters.items()}
 
-    command = options(bundle) | {"keep": ()}
+    command = options(bundle) | {"keep": (), "text": ()}
     asked = options(stillgraph.export)
     assert asked.pop("validate") == command.pop("validated")
     assert asked.pop("progress") is None

@@ -13,8 +13,9 @@ import onnx
 import pytest
 
 from stillgraph import cli
-from stillgraph.exporter.validate.metrics import Comparison
+from stillgraph.exporter.validate import metrics
 from stillgraph.exporter.validate.report import CaseResult, Parity
+from stillgraph.exporter.validate.table import Comparison
 from stillgraph.files import check_files
 from stillgraph.manifest import Validation, read
 
@@ -39,7 +40,7 @@ def own_bundle(tiny_bundle, tmp_path: Path) -> Path:
         (["export", "decode"], ["--ctx", "--json", "--quiet"]),
         (["export", "bundle"], ["--max-len", "--ctx"]),
         (["simplify"], ["BUNDLE", "--json"]),
-        (["validate"], ["BUNDLE", "--model", "--full", "--quick"]),
+        (["validate"], ["BUNDLE", "--model", "--full", "--quick", "--text", "--table"]),
         (["inspect"], ["BUNDLE", "--json"]),
         (["prove"], ["SUBJECT", "--check", "--model", "--full", "--quick", "--json"]),
     ],
@@ -112,9 +113,11 @@ def test_validate_exits_1_when_a_bound_is_broken(own_bundle, capsys) -> None:
 
 
 @pytest.mark.parametrize(("option", "depth"), [(None, "default"), ("--full", "full"), ("--quick", "quick")])
-def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsys, option, depth) -> None:
+def test_validate_passes_on_what_it_was_asked_for(
+    own_bundle, tmp_path, monkeypatch, capsys, option, depth
+) -> None:
     errors = dict.fromkeys(("max_error", "mean_error", "relative_error", "kl"), 0.0)
-    same = (Comparison(row=0, position=3, top1_equal=True, **errors),)
+    same = (metrics.Comparison(row=0, position=3, top1_equal=True, **errors),)
     case = CaseResult(
         text="random",
         optimized=True,
@@ -124,20 +127,24 @@ def test_validate_passes_on_what_it_was_asked_for(own_bundle, monkeypatch, capsy
         cache_errors=(0.0,),
         checks=(),
     )
-    asked: list[tuple[Path, str | None, str]] = []
+    asked: list[tuple[Path, str | None, str, list[Path]]] = []
 
-    def fake(bundle, *, model, depth, say) -> Parity:
+    def fake(bundle, *, model, depth, texts, say) -> Parity:
         say("[bold]")
-        asked.append((bundle, model, depth))
+        asked.append((bundle, model, depth, texts))
         return Parity(date="2020-01-01", depth=depth, why_bound="why", tools={},
                       graphs={}, weights="", cases=(case,))  # fmt: skip
 
     monkeypatch.setattr("stillgraph.exporter.validate.validate.validate", fake)
-    assert cli.main(["validate", str(own_bundle), "-m", "demo", *([option] if option else [])]) == 0
-    assert asked == [(own_bundle, "demo", depth)]
+    text, table = tmp_path / "own.txt", tmp_path / "table.json"
+    text.write_text("A ferry, a bridge and a tide. " * 50)
+    command = ["validate", str(own_bundle), str(own_bundle), "-m", "demo", *([option] if option else [])]
+    assert cli.main([*command, "--text", str(text), "--table", str(table)]) == 0
+    assert asked == [(own_bundle, "demo", depth, [text])] * 2
+    assert Comparison.model_validate_json(table.read_text()).model == Path(read(own_bundle).source.id).name
     stdout, stderr = capsys.readouterr()
     assert "passed" in stdout
-    assert stderr == "[bold]\n"
+    assert stderr == "[bold]\n" * 2
 
 
 def test_inspect_tells_what_is_in_a_bundle(tiny_bundle, capsys) -> None:
