@@ -35,6 +35,10 @@ class Magnitudes:
         rms = math.sqrt(self.squares.mean() / truth.squares.mean())
         return rms, float(self.largest.max() / truth.largest.max())
 
+    def largest_over(self, truth: Magnitudes) -> float:
+        """Of errors: the RMS of the vector that has most, over the truth's RMS."""
+        return math.sqrt(self.squares.max() / truth.squares.mean())
+
     def at(self, index: tuple[int, slice] | int | slice) -> Magnitudes:
         """Of some of the vectors, [m]."""
         return Magnitudes(np.atleast_1d(self.squares[index]), np.atleast_1d(self.largest[index]))

@@ -31,10 +31,11 @@ class OwnError:
     """How far PyTorch in fp32 is from float64: of each position's logits [B], of each slot of a layer [B, N],
     of each feature of the picture [T].
 
-    whole: RMS and worst of all of it, relative; by what it is and its layer, if it has one.
+    whole: of all of it, relative: RMS, worst, and RMS of the vector that has most; by what it is and its
+    layer, if it has one.
     """
 
-    whole: dict[tuple[str, int | None], tuple[float, float]]
+    whole: dict[tuple[str, int | None], tuple[float, float, float]]
     logits: dict[int, Magnitudes]
     keys: list[Magnitudes]
     values: list[Magnitudes]
@@ -100,21 +101,25 @@ def exact_reference(
     def measure(position: int, found: np.ndarray) -> None:
         logits[position] = Magnitudes.of(found - exact.logits[position])
 
-    whole: dict[tuple[str, int | None], tuple[float, float]] = {}
+    whole: dict[tuple[str, int | None], tuple[float, float, float]] = {}
+
+    def spread(error: Magnitudes, truth: Magnitudes) -> tuple[float, float, float]:
+        return *error.over(truth), error.largest_over(truth)
+
     cache = _run(model, ids, positions, vision, measure)
     errors, scale = list(logits.values()), [Magnitudes.of(block) for block in exact.logits.values()]
-    whole["logits", None] = Magnitudes.join(errors).over(Magnitudes.join(scale))
+    whole["logits", None] = spread(Magnitudes.join(errors), Magnitudes.join(scale))
     blocks: dict[str, list[Magnitudes]] = {"keys": [], "values": []}
     for index, layer in enumerate(cache.layers):
         for what, found in (("keys", layer.keys), ("values", layer.values)):
             truth = getattr(exact, what)[index]
             error = Magnitudes.of(_numpy(found) - truth, VECTORS)
             blocks[what].append(error)
-            whole[what, index] = error.over(Magnitudes.of(truth, VECTORS))
+            whole[what, index] = spread(error, Magnitudes.of(truth, VECTORS))
     features = None
     if exact.features is not None:
         features = Magnitudes.of(_features(model, vision) - exact.features)
-        whole["features", None] = features.over(Magnitudes.of(exact.features))
+        whole["features", None] = spread(features, Magnitudes.of(exact.features))
     own = OwnError(whole, logits, blocks["keys"], blocks["values"], features)
     return replace(exact, own=own)
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.validate import double
+from stillgraph.exporter.validate.measures import FEW, CaseMeasures
 from stillgraph.exporter.validate.reference import exact_reference, reference
 
 # Of fp32 they return numbers that they were given.
@@ -87,5 +88,26 @@ def test_its_own_error_is_that_of_each_slot(tiny_checkpoint: Callable[..., Path]
     expected = (
         np.sqrt(np.square(difference).mean() / scale),
         np.abs(difference).max() / np.abs(exact.keys[1]).max(),
+        np.sqrt(
+            max(np.square(difference[row, :, slot]).mean() for row in (0, 1) for slot in range(20)) / scale
+        ),
     )
     np.testing.assert_allclose(exact.own.whole["keys", 1], expected)
+
+
+@pytest.mark.parametrize("count", [1, FEW - 1, FEW])
+def test_few_slots_may_be_as_far_off_as_the_worst_of_the_text(
+    tiny_checkpoint: Callable[..., Path], count: int
+) -> None:
+    model = open_checkpoint(str(tiny_checkpoint())).load()
+    exact = exact_reference(model, np.random.default_rng(0).integers(0, 272, (1, 20)), {3})
+    assert exact.own is not None
+    measures = CaseMeasures(exact)
+    measures.slots(1, 0, 0, exact.keys[1][0, :, :count], exact.values[1][0, :, :count])
+    (keys, _) = measures.measured()
+    assert keys.own is not None
+    here = exact.own.keys[1].at((0, slice(0, count)))
+    rms, worst, peak = exact.own.whole["keys", 1]
+    assert peak > rms
+    few = peak if count < FEW else 0.0
+    assert keys.own == (max(here.over(keys.truth)[0], rms, few), max(here.over(keys.truth)[1], worst))
