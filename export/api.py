@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exit_codes import not_installed
+from stillgraph.exporter.calibration import SAMPLES
 from stillgraph.exporter.checkpoint_folder import check_folder
 from stillgraph.exporter.config import (
     ExportConfig,
@@ -37,9 +38,11 @@ def export(
     target: Target = "portable",
     precision: Precision = "fp32",
     block_size: int | None = None,
-    asymmetric: bool = False,
+    asymmetric: bool | None = None,
     keep: Sequence[str] = (),
     fast_prefill: bool = False,
+    calibrate: str | Path = SAMPLES,
+    budget: float | None = None,
     batch: int = 1,
     validate: bool = True,
     text: Sequence[str | Path] = (),
@@ -50,7 +53,9 @@ def export(
     The options are those of `stillgraph export bundle`, and the prefill continues a cache of `ctx` slots.
     model: a hub id, a checkpoint folder or a GGUF file; out: the bundle's folder, by default
     artifacts/<model>; max_len: tokens that the prefill takes at once; block_size: 32, 64 or 128, by default
-    128 where weights have few bits; keep: PATTERN=PRECISION, weights kept otherwise; validate: compare with
+    64 with int4 and 128 with int8; asymmetric: zero points, by default with int4; keep: PATTERN=PRECISION,
+    weights kept otherwise; calibrate: what int4 is rounded for: a file of text, `samples` of the model's own,
+    or `none`; budget: bits a weight of int4, by default 5.5 where it is calibrated; validate: compare with
     PyTorch, which takes most memory; text: files that its statistics are made over, by default texts that
     ship; progress: called with what is being done, in a few words.
 
@@ -66,6 +71,8 @@ def export(
         asymmetric=asymmetric,
         keep=(keep,) if isinstance(keep, str) else keep,
         fast_prefill=fast_prefill,
+        calibrate=str(calibrate),
+        budget=budget,
         batch=batch,
         out=None if out is None else Path(out),
     )

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillgraph.exporter.api import check_paths, make, require_passed
+from stillgraph.exporter.calibration import SAMPLES
 from stillgraph.exporter.commands import AsJson, Quiet, Texts
 from stillgraph.exporter.config import (
     ARTIFACTS,
@@ -24,6 +25,7 @@ from stillgraph.exporter.config import (
     short_name,
 )
 from stillgraph.exporter.console import Output
+from stillgraph.exporter.few_bits import BUDGET
 from stillgraph.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -41,15 +43,34 @@ Target = Annotated[str, typer.Option(help="What the graph is written for: portab
 Precision = Annotated[str, typer.Option(help="How weights are stored: fp32, fp16, int8 or int4.")]
 BlockSize = Annotated[
     int | None,
-    typer.Option(help="Weights that share a scale, of int8 and int4: 32, 64 or 128.", show_default="128"),
+    typer.Option(
+        help="Weights that share a scale, of int8 and int4: 32, 64 or 128.",
+        show_default="64 with int4, else 128",
+    ),
 ]
-Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="A zero point for each scale.")]
+Asymmetric = Annotated[
+    bool | None,
+    typer.Option("--asymmetric/--symmetric", help="A zero point for each scale.", show_default="with int4"),
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(help="PATTERN=PRECISION: weights kept otherwise, as lm_head=int8. May be repeated."),
 ]
 FastPrefill = Annotated[
     bool, typer.Option("--fast-prefill", help="Give the prefill int8 weights of its own, for a short TTFT.")
+]
+Calibrate = Annotated[
+    str,
+    typer.Option(
+        help="What int4 is rounded for: a text FILE, the model's own samples, or none.",
+        metavar="FILE|samples|none",
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="Bits a weight of int4, which go to the weights that matter most.", show_default=f"{BUDGET}"
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Rows of every graph.")]
 Out = Annotated[Path | None, typer.Option(help="The bundle's folder.", show_default="artifacts/<model>")]
@@ -69,9 +90,11 @@ def prefill(
     target: Target = "portable",
     precision: Precision = "fp32",
     block_size: BlockSize = None,
-    asymmetric: Asymmetric = False,
+    asymmetric: Asymmetric = None,
     keep: Keep = None,
     fast_prefill: FastPrefill = False,
+    calibrate: Calibrate = SAMPLES,
+    budget: Budget = None,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
@@ -86,6 +109,8 @@ def prefill(
         asymmetric=asymmetric,
         keep=keep or (),
         fast_prefill=fast_prefill,
+        calibrate=calibrate,
+        budget=budget,
         batch=batch,
         out=out,
     )
@@ -99,9 +124,11 @@ def decode(
     target: Target = "portable",
     precision: Precision = "fp32",
     block_size: BlockSize = None,
-    asymmetric: Asymmetric = False,
+    asymmetric: Asymmetric = None,
     keep: Keep = None,
     fast_prefill: FastPrefill = False,
+    calibrate: Calibrate = SAMPLES,
+    budget: Budget = None,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
@@ -116,6 +143,8 @@ def decode(
         asymmetric=asymmetric,
         keep=keep or (),
         fast_prefill=fast_prefill,
+        calibrate=calibrate,
+        budget=budget,
         batch=batch,
         out=out,
     )
@@ -128,9 +157,11 @@ def vision(
     target: Target = "portable",
     precision: Precision = "fp32",
     block_size: BlockSize = None,
-    asymmetric: Asymmetric = False,
+    asymmetric: Asymmetric = None,
     keep: Keep = None,
     fast_prefill: FastPrefill = False,
+    calibrate: Calibrate = SAMPLES,
+    budget: Budget = None,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
@@ -145,6 +176,8 @@ def vision(
         asymmetric=asymmetric,
         keep=keep or (),
         fast_prefill=fast_prefill,
+        calibrate=calibrate,
+        budget=budget,
         batch=batch,
         out=out,
     )
@@ -174,9 +207,11 @@ def bundle(
     target: Target = "portable",
     precision: Precision = "fp32",
     block_size: BlockSize = None,
-    asymmetric: Asymmetric = False,
+    asymmetric: Asymmetric = None,
     keep: Keep = None,
     fast_prefill: FastPrefill = False,
+    calibrate: Calibrate = SAMPLES,
+    budget: Budget = None,
     batch: Batch = 1,
     out: Out = None,
     validated: Annotated[
@@ -199,6 +234,8 @@ def bundle(
         asymmetric=asymmetric,
         keep=keep or (),
         fast_prefill=fast_prefill,
+        calibrate=calibrate,
+        budget=budget,
         batch=batch,
         out=out,
     )

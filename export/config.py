@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.precisions import QUANTIZED
+from stillgraph.exporter.calibration import NONE, SAMPLES
+from stillgraph.exporter.few_bits import few_bits
+from stillgraph.exporter.precisions import CALIBRATED, QUANTIZED
 from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import Manifest, Precision, Quantization, Target
 from stillgraph.spec import Frozen, GraphShape, ModelSpec
 
 STAGE = "export"
-BLOCK_SIZES = (32, 64, 128)
 Say = Callable[[str], None]  # called with a few words on what is being done
 ARTIFACTS = Path("artifacts")
 
@@ -28,6 +29,7 @@ class ExportConfig(Frozen):
     target: Target = "portable"
     precision: Precision = "fp32"
     quantization: Quantization | None = None
+    calibrate: str = NONE
     batch: int = 1
     out: Path | None = None
 
@@ -45,9 +47,11 @@ def short_name(model: str) -> str:
 def request(
     *,
     block_size: int | None = None,
-    asymmetric: bool = False,
+    asymmetric: bool | None = None,
     keep: Sequence[str] = (),
     fast_prefill: bool = False,
+    calibrate: str = NONE,
+    budget: float | None = None,
     **values: Any,
 ) -> ExportConfig:
     """An ExportConfig of command-line values. Raises StillgraphError for values that do not go together."""
@@ -64,41 +68,19 @@ def request(
     if values["batch"] < 1:
         raise StillgraphError(STAGE, f"--batch {values['batch']} is not a number of rows", "use 1 or more")
     if precision in QUANTIZED:
-        size = BLOCK_SIZES[-1] if block_size is None else block_size
-        if size not in BLOCK_SIZES:
-            sizes = " or ".join(map(str, BLOCK_SIZES))
-            raise StillgraphError(STAGE, f"--block-size {size} is not supported", f"use {sizes}")
         if fast_prefill and not TARGETS[target].own_ops:
             problem = f"--fast-prefill is made of ops that --target {target} does not use"
             raise StillgraphError(STAGE, problem, "use --target onnxruntime")
-        values["quantization"] = Quantization(
-            block_size=size, symmetric=not asymmetric, keep=all_kept(keep), fast_prefill=fast_prefill
-        )
-    elif block_size is not None or asymmetric or keep or fast_prefill:
-        named = "--block-size, --asymmetric, --keep and --fast-prefill"
+        how = few_bits(precision, block_size, asymmetric, keep, calibrate, budget)
+        values["quantization"] = how.model_copy(update={"fast_prefill": fast_prefill})
+    elif block_size is not None or asymmetric is not None or keep or fast_prefill or budget is not None:
+        named = "--block-size, --asymmetric, --keep, --budget and --fast-prefill"
         problem = f"{named} do nothing at --precision {precision}"
         raise StillgraphError(STAGE, problem, "leave them out, or use --precision int8 or int4")
-    return ExportConfig(**values)
-
-
-def all_kept(options: Sequence[str]) -> dict[str, Precision]:
-    """Precision by pattern. Raises StillgraphError for a pattern that is given two."""
-    found: dict[str, Precision] = {}
-    for pattern, precision in map(kept, options):
-        if found.setdefault(pattern, precision) != precision:
-            problem = f"--keep {pattern} is given as {found[pattern]} and as {precision}"
-            raise StillgraphError(STAGE, problem, "give one of them")
-    return found
-
-
-def kept(option: str) -> tuple[str, Precision]:
-    """A pattern of weight names and the precision it keeps, of PATTERN=PRECISION. Raises StillgraphError."""
-    pattern, _, precision = option.partition("=")
-    known = ("fp32", *QUANTIZED)
-    if not pattern or precision not in known:
-        problem = f"--keep {option!r} is not PATTERN=PRECISION with a precision of {' or '.join(known)}"
-        raise StillgraphError(STAGE, problem, "write for example --keep lm_head=int8")
-    return pattern, precision
+    if precision != CALIBRATED and calibrate not in (SAMPLES, NONE):
+        problem = f"--calibrate does nothing at --precision {precision}"
+        raise StillgraphError(STAGE, problem, f"leave it out, or use --precision {CALIBRATED}")
+    return ExportConfig(**values, calibrate=calibrate)
 
 
 def prefill_shape(config: ExportConfig, max_len: int, ctx: int | None) -> GraphShape:
@@ -225,7 +207,7 @@ def check_fits_bundle(
         "checkpoint": (checkpoint_sha256[:12], former.source.checkpoint_sha256[:12]),
         "target": (config.target, former.target),
         "precision": (config.precision, former.precision),
-        "quantization": (config.quantization, former.quantization),
+        "quantization": (_asked(config.quantization), _asked(former.quantization)),
     }
     for entry in former.graphs.values():
         if entry.shape.role != shape.role and shape.caches and entry.shape.caches:
@@ -244,3 +226,8 @@ def check_fits_bundle(
             raise StillgraphError(
                 STAGE, problem, "give another --out, or replace it with 'stillgraph export bundle'"
             )
+
+
+def _asked(quantization: Quantization | None) -> Quantization | None:
+    """What an export was asked for, without what was measured."""
+    return quantization and quantization.model_copy(update={"better": {}})

@@ -35,4 +35,5 @@ PRECISIONS: dict[Precision, PrecisionTraits] = {
     "int8": PrecisionTraits(bits=8, roundoff=ACTIVATION_ROUNDOFF, max_kl=0.02, max_perplexity=1.02),
     "int4": PrecisionTraits(bits=4, roundoff=ACTIVATION_ROUNDOFF, max_kl=0.25, max_perplexity=1.25),
 }
+CALIBRATED: Precision = "int4"  # the one that is rounded for a text
 QUANTIZED = tuple(name for name, traits in PRECISIONS.items() if traits.bits)

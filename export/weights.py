@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from stillgraph.exporter.ir.fold_weights import Tensors, Weight
+from stillgraph.exporter.ir.fold_weights import Tensors, Weight, unrounded
 from stillgraph.manifest import File, Weights
 from stillgraph.page_cache import read_in
 from stillgraph.weight_tensor import WeightTensor
@@ -50,12 +51,13 @@ def write(
     tensor: Callable[[str], torch.Tensor],
     former: Weights | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
+    rounded: Callable[[str, Any], Any] = unrounded,
 ) -> Weights:
     """Add the weights that `former` lacks to the folder's weights file, one at a time.
 
-    The file of `former`, if given, must already be a private copy in `folder`. advance is called with the
-    bytes written. Peak memory is that of the largest weight, as read and as written; of a quantized one, its
-    codes and a part.
+    The file of `former`, if given, must already be a private copy in `folder`. rounded: see `Tensors`.
+    advance is called with the bytes written. Peak memory is that of the largest weight, as read and as
+    written; of a quantized one, its codes and a part.
     """
     path = folder / WEIGHTS_FILE
     known = dict(former.tensors) if former else {}
@@ -67,7 +69,7 @@ def write(
     if former:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")
-    tensors = Tensors(tensor)
+    tensors = Tensors(tensor, rounded)
     with path.open("ab") as stream:
         for name, place in placed.items():
             if place.offset < stream.tell():

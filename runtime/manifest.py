@@ -126,13 +126,17 @@ class Quantization(Frozen):
 
     symmetric: no zero points; keep: patterns of weight names and the precision those are kept at instead;
     fast_prefill: there is a second prefill graph of int8 activations, with weights of its own: int8, one
-    scale an output channel.
+    scale an output channel. calibration: what four bits were rounded for, `samples` of the model's own or the
+    SHA-256 of a text; budget: bits a weight of the layers; better: as keep, what is measured to be worth it.
     """
 
     block_size: PositiveInt
     symmetric: bool = True
     keep: dict[str, Precision] = Field(default_factory=dict)
     fast_prefill: bool = False
+    calibration: str | None = None
+    budget: float | None = None
+    better: dict[str, Precision] = Field(default_factory=dict)
 
 
 class Quality(Frozen):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # What is left out of the command, because an export takes it anyway.
-DEFAULTS = {"--target": "portable", "--precision": "fp32", "--block-size": 128, "--batch": 1}
+DEFAULTS = {"--target": "portable", "--precision": "fp32", "--block-size": 128, "--batch": 1, "--budget": 5.5}
 DEFAULTS |= {"--max-len": 128, "--ctx": 1024}
 
 
@@ -42,6 +42,7 @@ def _storage(raw: Mapping[str, Any]) -> dict[str, Any]:
         "--precision": raw.get("precision"),
         "--block-size": how.get("block_size", raw.get("block_size")),
         "--asymmetric": how.get("symmetric") is False,
+        "--budget": how.get("budget"),
         "--keep": [f"{pattern}={precision}" for pattern, precision in keep.items()],
         "--fast-prefill": how.get("fast_prefill") is True,
     }

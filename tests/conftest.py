@@ -133,6 +133,11 @@ FAMILIES = {
     "qwen2": QWEN2,
     **DECODERS,
 }
+PLAIN_INT4: dict[str, Any] = {
+    "block_size": 128,
+    "asymmetric": False,
+    "keep": ["lm_head=int4", "embed_tokens=int4"],
+}
 Shapes = list[tuple[str, int, int | None]]  # (role, max_len, ctx) of each graph
 PAIR: Shapes = [("prefill", 16, 40), ("decode", 1, 40)]
 
@@ -194,7 +199,9 @@ def tiny_bundle(
                 GraphShape(role=role, batch=batch, max_len=max_len, ctx=ctx, slack=extra)
                 for role, max_len, ctx in shapes
             ]
-            values = {"model": str(checkpoint), "target": target, "precision": precision}
+            values: dict[str, Any] = {"model": str(checkpoint), "target": target, "precision": precision}
+            if precision == "int4":  # all of it at four bits, and no text to round it for
+                values |= PLAIN_INT4
             export(
                 request(**values, batch=batch, fast_prefill=fast_prefill, out=out),
                 graphs,

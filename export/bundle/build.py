@@ -14,6 +14,7 @@ import onnx_ir as ir
 from stillgraph.calling import Calling
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
+from stillgraph.exporter.bundle.calibration import Calibration, begin, forget
 from stillgraph.exporter.bundle.calling import calling
 from stillgraph.exporter.bundle.needs import least_onnxruntime, of_nodes
 from stillgraph.exporter.bundle.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, write_tokenizer
@@ -27,7 +28,7 @@ from stillgraph.exporter.config import (
     with_int8_prefill,
     with_pictures,
 )
-from stillgraph.exporter.ir.fold_weights import Weight, take_out, take_out_constants
+from stillgraph.exporter.ir.fold_weights import Weight, take_out, take_out_constants, unrounded
 from stillgraph.exporter.ir.node_names import name_the_rest
 from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
@@ -86,13 +87,13 @@ def export(
         _carry(checkpoint, folder, say)
         # Before any work, since it refuses files that cannot be used.
         called = calling(checkpoint, [*(graph.shape for graph in kept.values()), *shapes], folder)
+        config, calibration = begin(config, checkpoint, former, folder, say)
         kept_fp32 = former.kept_fp32 if former else dict[str, float]()
         if former is None and config.precision == "fp16":
             say("measuring what fp16 cannot hold")
             kept_fp32 = beyond(calibrate(checkpoint, folder, called.tokens))
         traced = [_trace(checkpoint, shape, config, kept_fp32, say) for shape in shapes]
-        say("writing weights")
-        stored = _write_weights(folder, checkpoint, traced, former)
+        stored = _write_weights(folder, checkpoint, traced, former, calibration, say)
         graphs = kept | {
             entry.shape.name: _write_graph(folder, checkpoint, entry, stored) for entry in traced
         }
@@ -100,6 +101,7 @@ def export(
         _write_simplify_report(folder, traced, graphs, stored, say)
         manifest = _manifest(folder, checkpoint, config, kept_fp32, graphs, stored, called)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    forget(config.place)
     return manifest
 
 
@@ -166,11 +168,18 @@ def _carry(checkpoint: Checkpoint, folder: Path, say: Say) -> None:
 
 
 def _write_weights(
-    folder: Path, checkpoint: Checkpoint, traced: list[Traced], former: Manifest | None
+    folder: Path,
+    checkpoint: Checkpoint,
+    traced: list[Traced],
+    former: Manifest | None,
+    calibration: Calibration | None,
+    say: Say,
 ) -> Weights:
     recipes = list({recipe.name: recipe for entry in traced for recipe in entry.recipes}.values())
     known = former.weights if former else None
     missing = [recipe for recipe in recipes if known is None or recipe.name not in known.tensors]
+    before = calibration.round(missing).get if calibration else unrounded
+    say("writing weights")
     path = folder / weights.WEIGHTS_FILE
     linked = bool(known and missing and path.stat().st_nlink > 1)
     needed = sum(place.nbytes for place in weights.layout(missing).values())
@@ -182,7 +191,7 @@ def _write_weights(
         private = path.with_suffix(".private")
         shutil.copyfile(path, private)
         private.replace(path)
-    return weights.write(folder, recipes, checkpoint.tensor, known)
+    return weights.write(folder, recipes, checkpoint.tensor, known, rounded=before)
 
 
 def _write_graph(folder: Path, checkpoint: Checkpoint, traced: Traced, stored: Weights) -> GraphEntry:

@@ -227,10 +227,12 @@ def _grows(inspection: Inspection) -> bool:
 def _form(quantization: Quantization | None) -> str:
     if quantization is None:
         return ""
-    kind = "symmetric" if quantization.symmetric else "asymmetric"
+    kind = f"{'' if quantization.symmetric else 'a'}symmetric"
     kept = "".join(f", {pattern} kept at {value}" for pattern, value in quantization.keep.items())
-    fast = ", a prefill with int8 weights of its own" if quantization.fast_prefill else ""
-    return f" in {kind} blocks of {quantization.block_size}{kept}{fast}"
+    kept += f", {len(quantization.better)} weights at more bits" if quantization.better else ""
+    kept += ", calibrated" if quantization.calibration else ""
+    kept += ", a prefill with int8 weights of its own" if quantization.fast_prefill else ""
+    return f" in {kind} blocks of {quantization.block_size}{kept}"
 
 
 def _compiled(found: Found) -> str | None:

@@ -24,11 +24,23 @@ SUBGRAPH_BYTES = 1024  # constants up to this size stay in the graph
 TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 
 
-class Tensors:
-    """A checkpoint's tensors by name, and the last thing that was made of them: its parts come one by one."""
+def unrounded(name: str, form: Hashable) -> Any:
+    """That nothing was rounded before."""
+    return None
 
-    def __init__(self, tensor: Callable[[str], torch.Tensor]) -> None:
-        self.tensor = tensor
+
+class Tensors:
+    """A checkpoint's tensors by name, and the last thing that was made of them: its parts come one by one.
+
+    rounded: a tensor as it was rounded before in some form, None where it was not.
+    """
+
+    def __init__(
+        self,
+        tensor: Callable[[str], torch.Tensor],
+        rounded: Callable[[str, Any], Any] = unrounded,
+    ) -> None:
+        self.tensor, self.rounded = tensor, rounded
         self._key: Hashable = None
         self._made: Any = None
 

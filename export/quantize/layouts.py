@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stillgraph.exporter.ir.fold_weights import Origin, Recipe, Tensors, WeightStep
-from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
+from stillgraph.exporter.quantize.rounding import Format, Quantized, below, quantize
 from stillgraph.weight_tensor import Layout
 
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
@@ -42,7 +42,15 @@ class Matrix:
         return self.form.blocks(self.columns)
 
     def quantized(self, tensors: Tensors) -> Quantized:
-        quantized: Quantized = tensors.once(self, lambda: quantize(self.recipe.value(tensors), self.form))
+        """As it was calibrated, row by row of its sources; by the search of `quantize` where it was not."""
+
+        def make() -> Quantized:
+            found = [] if self.recipe.steps else [tensors.rounded(s, self.form) for s in self.recipe.sources]
+            if not found or None in found:
+                return quantize(self.recipe.value(tensors), self.form)
+            return below(found)
+
+        quantized: Quantized = tensors.once(self, make)
         return quantized
 
     def part(

@@ -73,7 +73,7 @@ class StoragePlan:
     def _one(self, names: Sequence[str]) -> Precision:
         kept = [
             precision
-            for pattern, precision in self.quantization.keep.items()
+            for pattern, precision in (*self.quantization.better.items(), *self.quantization.keep.items())
             if any(fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*") for name in names)
         ]
         return kept[-1] if kept else self.precision

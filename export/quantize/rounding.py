@@ -7,6 +7,7 @@ smallest squared error wins. Shapes: N rows (outputs of a product), K columns (i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -85,11 +86,23 @@ class Quantized:
         return (levels * self.scales.unsqueeze(-1)).view(rows, -1)[:, : self.columns]
 
 
-def quantize(matrix: Tensor, form: Format) -> Quantized:
+def below(parts: Sequence[Quantized]) -> Quantized:
+    """Matrices of one form and of as many columns, one below the other, as one."""
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Quantized(
+        parts[0].form,
+        parts[0].columns,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
+
+
+def quantize(matrix: Tensor, form: Format, importance: Tensor | None = None) -> Quantized:
     """Codes of a matrix [N, K] of any float dtype, whose values as fp32 are meant.
 
-    Peak memory beside the result is a few times `CHUNK` weights, or rows. Raises StillgraphError for values
-    that are not finite.
+    importance: fp32 [K], what a squared error in each column weighs; all alike by default. Peak memory beside
+    the result is a few times `CHUNK` weights, or rows. Raises StillgraphError for values that are not finite.
     """
     rows, columns = matrix.shape
     blocks = form.blocks(columns)
@@ -97,23 +110,26 @@ def quantize(matrix: Tensor, form: Format) -> Quantized:
     scales = torch.empty(rows, blocks)
     zeros = None if form.symmetric else torch.empty(rows, blocks, dtype=torch.uint8)
     result = Quantized(form, columns, codes, scales, zeros)
+    if importance is not None:
+        filled = torch.nn.functional.pad(importance, (0, codes.shape[1] - columns))
+        importance = filled.view(blocks, form.block)
     step = max(1, CHUNK // codes.shape[1])
     parts = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
     # One thread a chunk: torch's own would wait for the slowest after every pass over a chunk.
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(lambda part: _fill(result, matrix, part), parts))
+        list(pool.map(lambda part: _fill(result, matrix, part, importance), parts))
     torch.set_num_threads(threads)  # what a thread sets is the default of later threads
     if not bool(torch.isfinite(scales).all()):
         raise StillgraphError(STAGE, "a weight is infinite or not a number", "fix the checkpoint")
     return result
 
 
-def _fill(result: Quantized, matrix: Tensor, part: slice) -> None:
+def _fill(result: Quantized, matrix: Tensor, part: slice, importance: Tensor | None) -> None:
     form, blocks = result.form, result.scales.shape[1]
     weights = torch.zeros(part.stop - part.start, blocks * form.block)
     weights[:, : result.columns] = matrix[part]
-    levels, scale, zero = _best(weights.view(-1, blocks, form.block), form)
+    levels, scale, zero = _best(weights.view(-1, blocks, form.block), form, importance)
     levels += zero + form.middle
     result.codes[part] = levels.view(weights.shape).to(torch.uint8)
     result.scales[part] = scale.squeeze(-1)
@@ -121,18 +137,18 @@ def _fill(result: Quantized, matrix: Tensor, part: slice) -> None:
         result.zeros[part] = (zero + form.middle).to(torch.uint8).squeeze(-1)
 
 
-def _best(weights: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor | float]:
+def _best(weights: Tensor, form: Format, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor | float]:
     """Levels (codes less zero point), scale [.., 1] and zero point (less the middle) of blocks [.., block].
 
-    With the scale fitted, a block's squared error is sum(w * w) - sum(w * l)**2 / sum(l * l): the gain, the
-    second term, is all that needs comparing.
+    importance: of a row's columns, [L, block]; it weighs every sum. With the scale fitted, a block's squared
+    error is sum(w * w) - sum(w * l)**2 / sum(l * l): the gain, the second term, is all that needs comparing.
     """
     bounds = _bounds(weights, form)
     levels, product = torch.empty_like(weights), torch.empty_like(weights)
     best: tuple[Tensor, ...] | None = None
     for factor in UNCLIPPED if form.pair_safe else FACTORS[form.bits]:
         scale, zero = _candidate(*bounds, factor, form)
-        fitted, gain = _fit(weights, _round(weights, scale, zero, form, levels), product)
+        fitted, gain = _fit(weights, _round(weights, scale, zero, form, levels), product, importance)
         # A tensor even where it is always 0, so that one line below chooses among all that a candidate has.
         found = gain, fitted, torch.as_tensor(zero)
         if best is None:
@@ -143,7 +159,7 @@ def _best(weights: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor | float
     assert best is not None
     _, scale, chosen = best
     zero = 0.0 if form.symmetric else chosen
-    scale, _ = _fit(weights, _round(weights, scale, zero, form, levels), product)
+    scale, _ = _fit(weights, _round(weights, scale, zero, form, levels), product, importance)
     return levels, torch.where(scale == 0, 1.0, scale), zero
 
 
@@ -213,8 +229,14 @@ def _without_large_pairs(levels: Tensor) -> Tensor:
     return levels
 
 
-def _fit(weights: Tensor, levels: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+def _fit(
+    weights: Tensor, levels: Tensor, product: Tensor, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The scale with the least squared error for given levels, and its gain."""
-    dot = torch.mul(weights, levels, out=product).sum(-1, keepdim=True)
-    square = torch.mul(levels, levels, out=product).sum(-1, keepdim=True).clamp_(min=1)  # levels are whole
-    return dot / square, dot * dot / square
+    dot, square = torch.mul(weights, levels, out=product), levels
+    if importance is not None:
+        dot, square = dot.mul_(importance), levels * importance
+    total = dot.sum(-1, keepdim=True)
+    squares = torch.mul(square, levels, out=product).sum(-1, keepdim=True)
+    squares = torch.where(squares > 0, squares, 1.0)  # of a block of zeros, whose other sum is 0 too
+    return total / squares, total * total / squares

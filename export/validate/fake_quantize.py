@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, quantize
+from stillgraph.exporter.validate.shipped import Shipped
 from stillgraph.manifest import Manifest
 from stillgraph.weight_tensor import Layout, WeightChange, WeightTensor
 
@@ -18,21 +20,33 @@ TURN = WeightChange(op="Transpose", argument=(1, 0))
 
 
 @torch.no_grad()
-def dequantize(model: torch.nn.Module, manifest: Manifest, channels: bool) -> None:
+def dequantize(model: torch.nn.Module, bundle: Path, manifest: Manifest, channels: bool) -> None:
     """Replace each weight that a graph of the bundle reads quantized by what its numbers mean.
 
     channels: of a graph of int8 activations, which has weights with one scale a channel where there are some.
     The checkpoint's weight is quantized again, in the form that the manifest names, and nothing is read from
-    the weights file: a mistake in how it is packed is an error of the graph, as it should be. Raises
-    CheckFailed where the file has a weight that the model does not have.
+    the weights file: a mistake in how it is packed is an error of the graph, as it should be. What was
+    calibrated cannot be made again: it is read, by code that packs nothing, and held to lie where rounding
+    puts it. Raises CheckFailed where it does not, and where the file has a weight that the model does not.
     """
+    shipped = Shipped(bundle, manifest)
     parameters = dict(model.named_parameters())
     for source, stored in stored_as(manifest, channels).items():
         if source not in parameters:
             problem = f"the bundle has a weight {source} that the checkpoint does not have"
             raise CheckFailed("validate", problem, "export the bundle again")
         matrix = parameters[source].T if turned(source, stored) else parameters[source]  # [N, K]
-        matrix.copy_(quantize(matrix, form_of(stored, manifest, matrix.shape[1])).dequantize())
+        if is_calibrated(stored, manifest):
+            above = sum(len(parameters[name]) for name in stored.sources[: stored.sources.index(source)])
+            matrix.copy_(torch.from_numpy(shipped.rows(source, stored, above, matrix.numpy())))
+        else:
+            matrix.copy_(quantize(matrix, form_of(stored, manifest, matrix.shape[1])).dequantize())
+
+
+def is_calibrated(stored: WeightTensor, manifest: Manifest) -> bool:
+    """Whether numbers may have been rounded for a text: those of four bits, nothing done to them before."""
+    how = manifest.quantization
+    return how is not None and how.calibration is not None and stored.bits == 4 and not stored.changes
 
 
 def stored_as(manifest: Manifest, channels: bool) -> dict[str, WeightTensor]:

@@ -120,7 +120,7 @@ class Proof:
         model: nn.Module = self.checkpoint.load()
         if part.quantization is not None:
             self.say("giving PyTorch's model the quantized weights")
-            dequantize(model, part, _int8_activations(part))
+            dequantize(model, self.bundle, part, _int8_activations(part))
         found: dict[TextKind, Reference] = {}
         for kind in dict.fromkeys(plan.text for plan in plans):
             of_kind = [plan for plan in plans if plan.text == kind]

@@ -33,7 +33,7 @@ WRONG = [
     ),
     (
         ["decode", "--ctx", "16", "--block-size", "32"],
-        "--block-size, --asymmetric, --keep and --fast-prefill",
+        "--block-size, --asymmetric, --keep, --budget and --fast-prefill",
     ),
     (
         ["prefill", "--asymmetric"],
@@ -101,6 +101,8 @@ def test_options_of_quantization_reach_the_export(tmp_path, monkeypatch, capsys)
         "a=int8",
         "--keep",
         "b=fp32",
+        "--calibrate",
+        "none",
     ]
     sizes = {"prefill": ["--max-len", "200", "--ctx", "1024"], "decode": ["--ctx", "1024"]}
     sizes["bundle"] = sizes["prefill"]
@@ -110,6 +112,9 @@ def test_options_of_quantization_reach_the_export(tmp_path, monkeypatch, capsys)
         config, slacks = asked.pop()
         assert config.target == "onnxruntime"
         assert config.quantization == Quantization(
-            block_size=32, symmetric=False, keep={"a": "int8", "b": "fp32"}, fast_prefill=True
+            block_size=32,
+            symmetric=False,
+            keep={"embed_tokens": "int8", "lm_head": "int8", "a": "int8", "b": "fp32"},
+            fast_prefill=True,
         )
         assert slacks == {"prefill": [199], "decode": [128], "bundle": [199, 199]}[command]

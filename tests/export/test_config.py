@@ -13,6 +13,7 @@ from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.config import (
     ExportConfig,
+    _asked,
     check_fits_bundle,
     check_heads,
     check_positions,
@@ -21,7 +22,7 @@ from stillgraph.exporter.config import (
     request,
     with_one_slack,
 )
-from stillgraph.manifest import Quantization, read
+from stillgraph.manifest import Precision, Quantization, read
 from stillgraph.spec import GraphShape
 
 Refused = Callable[..., AbstractContextManager[None]]
@@ -67,6 +68,12 @@ def test_a_request() -> None:
             (INT4 | {"keep": ["*.o_proj=int8", wrong]}, (f"--keep {wrong!r}", "lm_head=int8"))
             for wrong in KEPT
         ),
+        ({"budget": 5.0}, ("--budget", "--precision fp32", "int8 or int4")),
+        ({"precision": "int8", "budget": 5.0}, ("--budget 5", "--precision int8", "leave one of them out")),
+        (INT4 | {"budget": 5.0}, ("--budget 5", "--calibrate none", "leave one of them out")),
+        (INT4 | {"calibrate": "samples", "budget": 3.0}, ("--budget 3", "between 4 and 9", "--budget 5.5")),
+        (INT4 | {"calibrate": "samples", "budget": 10.0}, ("--budget 10", "between 4 and 9")),
+        ({"calibrate": "text"}, ("--calibrate does nothing", "--precision fp32", "--precision int4")),
         ({"batch": 0}, ("--batch 0", "1 or more")),
         ({"batch": -2}, ("--batch -2", "1 or more")),
     ],
@@ -80,10 +87,12 @@ def test_a_request_for_what_is_not_built(
 
 def test_a_request_for_quantized_weights() -> None:
     assert request(**VALUES).quantization is None
-    assert request(**VALUES | INT4).quantization == Quantization(block_size=128)
-    options = {"block_size": 32, "asymmetric": True, "keep": ["lm_head=int8", "layers.0.*=fp32"]}
+    assert request(**VALUES | {"precision": "int8"}).quantization == Quantization(block_size=128)
+    tables: dict[str, Precision] = {"embed_tokens": "int8", "lm_head": "int8"}
+    assert request(**VALUES | INT4).quantization == Quantization(block_size=64, symmetric=False, keep=tables)
+    options = {"block_size": 32, "asymmetric": False, "keep": ["lm_head=int4", "layers.0.*=fp32"]}
     assert request(**VALUES | INT4 | options).quantization == Quantization(
-        block_size=32, symmetric=False, keep={"lm_head": "int8", "layers.0.*": "fp32"}
+        block_size=32, keep={"embed_tokens": "int8", "lm_head": "int4", "layers.0.*": "fp32"}
     )
     fast = request(**VALUES | ORT | {"precision": "int8", "block_size": 64, "fast_prefill": True})
     assert fast.quantization == Quantization(block_size=64, fast_prefill=True)
@@ -245,3 +254,11 @@ def test_an_export_refuses_before_it_traces(
             export(config, [PREFILL], replace=False, say=lambda line: None)
     assert before == {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_added_to_whatever_was_measured_for_it() -> None:
+    """What the budget chose is in the manifest of a bundle, and not in a request for another graph."""
+    asked = request(**VALUES | INT4 | {"calibrate": "samples"}).quantization
+    assert asked is not None
+    assert _asked(asked.model_copy(update={"better": {"layers.0": "int8"}})) == _asked(asked)
+    assert _asked(None) is None

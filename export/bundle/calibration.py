@@ -1,0 +1,144 @@
+"""The calibration of an export: on which texts, of which weights, and where it goes on after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from stillgraph.exporter.bundle.tokenizer_files import TOKENIZER
+from stillgraph.exporter.calibration import SAMPLES
+from stillgraph.exporter.checkpoint import Checkpoint
+from stillgraph.exporter.config import ExportConfig, Say
+from stillgraph.exporter.ir.fold_weights import Weight
+from stillgraph.exporter.precisions import CALIBRATED
+from stillgraph.exporter.quantize.calibrate import Forms, calibrate, products
+from stillgraph.exporter.quantize.layouts import Part
+from stillgraph.exporter.quantize.lower import StoragePlan
+from stillgraph.exporter.quantize.rounded import Rounded
+from stillgraph.exporter.quantize.rounding import Format
+from stillgraph.exporter.quantize.samples import own_texts
+from stillgraph.exporter.quantize.sensitivity import choose, sensitivity
+from stillgraph.exporter.quantize.text import file_texts
+from stillgraph.manifest import Manifest, Precision, Quantization
+
+ALGORITHM = 1  # another number for other numbers: what an earlier version left is not taken up
+BITS = 4  # what 8 bits cost a model is next to nothing
+BETTER: Precision = "int8"  # for weights that matter
+TOKENS, A_COLUMN = 8192, 8  # at most, and for each column of the widest weight
+MEASURED = 2048  # tokens that say which weights matter
+SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text is, whatever their number
+
+
+def begin(
+    config: ExportConfig, checkpoint: Checkpoint, former: Manifest | None, folder: Path, say: Say
+) -> tuple[ExportConfig, Calibration | None]:
+    """The calibration that an export was asked for, if any, and the export with what the budget gives more
+    bits: as in the former bundle, which this one adds to, where there is one."""
+    how = config.quantization
+    if how is None or how.calibration is None:
+        return config, None
+    calibration = Calibration(config, checkpoint, how, folder, say)
+    if how.budget is not None:
+        asked = former.quantization if former else None
+        how = how.model_copy(update={"better": asked.better if asked else calibration.better()})
+    return config.model_copy(update={"quantization": how}), calibration
+
+
+class Calibration:
+    """One calibration, and the folder beside the bundle that it works in: a stopped export finds it again.
+
+    folder: with the bundle's tokenizer. Nothing is done before it is asked for.
+    """
+
+    def __init__(
+        self, config: ExportConfig, checkpoint: Checkpoint, quantization: Quantization, folder: Path, say: Say
+    ) -> None:
+        self.config, self.checkpoint, self.quantization = config, checkpoint, quantization
+        self.plan = StoragePlan(config.target, config.precision, quantization, tied=checkpoint.tied)
+        key = [
+            ALGORITHM,
+            checkpoint.sha256,
+            config.target,
+            config.precision,
+            quantization.model_dump(mode="json"),
+        ]
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+        place = config.place.resolve()
+        self._rounded = Rounded(place.with_name(f".{place.name}.calibration-{digest}"))
+        self._folder, self._say = folder, say
+
+    def texts(self) -> Tensor:
+        return self._rounded.texts(self._texts)
+
+    def better(self) -> dict[str, Precision]:
+        """Weights that get more bits for the budget, and the precision of them.
+
+        All are calibrated at four bits, and what that costs is measured. Those that stay at four bits stay as
+        they are: for inputs that more bits have made, they would hardly be others.
+        """
+        path = self._rounded.folder / "better.json"
+        if not path.is_file():
+            path.write_text(json.dumps(self._better()), encoding="utf-8")
+        return dict.fromkeys(json.loads(path.read_text(encoding="utf-8")), BETTER)
+
+    def round(self, weights: Iterable[Weight]) -> Rounded:
+        """The weights of few bits among `weights` that belong to products of the decoder's layers."""
+        forms, known = _forms(weights), products(self.checkpoint)
+        self._calibrate({name: form for name, form in forms.items() if name in known})
+        return self._rounded
+
+    def _calibrate(self, forms: Forms) -> None:
+        if any(self._rounded.get(name, form) is None for name, form in forms.items()):
+            calibrate(self.checkpoint, forms, self.texts(), self._rounded, self._say)
+
+    def _better(self) -> list[str]:
+        budget = self.quantization.budget
+        assert budget is not None
+        few, many = (self.plan.form(precision) for precision in (CALIBRATED, BETTER))
+        names = [name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED]
+        self._calibrate(dict.fromkeys(names, few))
+
+        def stored(name: str) -> Tensor:
+            found = self._rounded.get(name, few)
+            return self.checkpoint.tensor(name).to(torch.float32) if found is None else found.dequantize()
+
+        ids = self.texts()
+        measured = ids[: max(1, MEASURED // ids.shape[1])]
+        units = sensitivity(self.checkpoint, stored, measured, self._say)
+        free = [unit for unit in units if self.plan.precision_of(unit.names) == CALIBRATED]
+        chosen, _ = choose(free, few, many, budget)
+        return sorted(name.removesuffix(".weight") for unit in chosen for name in unit.names)
+
+    def _texts(self) -> Tensor:
+        checkpoint, own = self.checkpoint, self.config.calibrate == SAMPLES
+        widest = max(checkpoint.tensors[name].shape()[1] for name in products(checkpoint))
+        length = min(SAMPLED if own else READ, checkpoint.spec.max_position_embeddings)
+        texts = -(-min(TOKENS, A_COLUMN * widest) // length)
+        if own:
+            return own_texts(checkpoint, texts, length, self._say)
+        tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
+        return file_texts(Path(self.config.calibrate), tokenizer, texts, length)
+
+
+def forget(place: Path) -> None:
+    """Remove what calibrations for this place have left."""
+    real = place.resolve()
+    for folder in real.parent.glob(f".{real.name}.calibration-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forms(weights: Iterable[Weight]) -> dict[str, Format]:
+    """By the checkpoint's names; a weight that was worked on before it is stored is left out."""
+    return {
+        source: weight.matrix.form
+        for weight in weights
+        if isinstance(weight, Part) and weight.matrix.form.bits == BITS and not weight.matrix.recipe.steps
+        for source in weight.matrix.recipe.sources
+    }

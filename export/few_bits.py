@@ -1,0 +1,81 @@
+"""How weights of few bits are stored: what a command line says of it, and what it leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.calibration import NONE, calibration_of
+from stillgraph.exporter.precisions import CALIBRATED, PRECISIONS, QUANTIZED
+from stillgraph.manifest import Precision, Quantization
+
+STAGE = "export"
+BLOCK_SIZES = (32, 64, 128)
+BLOCK_SIZE: dict[Precision, int] = {"int8": 128, "int4": 64}  # where none is given
+BUDGET = 5.5  # bits a weight, about what others take for a model of "four bits" that keeps its quality
+TABLES = ("embed_tokens", "lm_head")  # what int4 keeps at int8: a mistake there is in every token
+
+
+def few_bits(
+    precision: Precision,
+    block_size: int | None,
+    asymmetric: bool | None,
+    keep: Sequence[str],
+    calibrate: str,
+    budget: float | None,
+) -> Quantization:
+    """The quantization of command-line values. Raises StillgraphError for values that do not go together.
+
+    What is None is chosen: at int4 blocks of 64 with zero points, and a budget where it is calibrated.
+    """
+    size = BLOCK_SIZE[precision] if block_size is None else block_size
+    if size not in BLOCK_SIZES:
+        sizes = " or ".join(map(str, BLOCK_SIZES))
+        raise StillgraphError(STAGE, f"--block-size {size} is not supported", f"use {sizes}")
+    four = precision == CALIBRATED
+    asked = all_kept(keep)
+    tables = {name: "int8" for name in TABLES if name not in asked} if four else {}
+    calibration = calibration_of(calibrate) if four else None
+    return Quantization(
+        block_size=size,
+        symmetric=not (four if asymmetric is None else asymmetric),
+        keep=tables | asked,
+        calibration=calibration,
+        budget=_budget(budget, precision, calibration),
+    )
+
+
+def _budget(budget: float | None, precision: Precision, calibration: str | None) -> float | None:
+    if budget is None:
+        return BUDGET if calibration else None
+    if calibration is None:
+        how = f"--calibrate {NONE}" if precision == CALIBRATED else f"--precision {precision}"
+        problem = f"--budget {budget:g} is given to what a calibration finds to matter, and {how} has none"
+        raise StillgraphError(STAGE, problem, "leave one of them out")
+    least, most = PRECISIONS["int4"].bits, PRECISIONS["int8"].bits
+    assert least is not None
+    assert most is not None
+    if not least <= budget <= most + 1:
+        problem = f"--budget {budget:g} is no number of bits between {least} and {most + 1}"
+        raise StillgraphError(STAGE, problem, f"give for example --budget {BUDGET}")
+    return budget
+
+
+def all_kept(options: Sequence[str]) -> dict[str, Precision]:
+    """Precision by pattern. Raises StillgraphError for a pattern that is given two."""
+    found: dict[str, Precision] = {}
+    for pattern, precision in map(kept, options):
+        if found.setdefault(pattern, precision) != precision:
+            problem = f"--keep {pattern} is given as {found[pattern]} and as {precision}"
+            raise StillgraphError(STAGE, problem, "give one of them")
+    return found
+
+
+def kept(option: str) -> tuple[str, Precision]:
+    """A pattern of weight names and the precision it keeps, of PATTERN=PRECISION. Raises StillgraphError."""
+    pattern, _, precision = option.partition("=")
+    known = ("fp32", *QUANTIZED)
+    if not pattern or precision not in known:
+        problem = f"--keep {option!r} is not PATTERN=PRECISION with a precision of {' or '.join(known)}"
+        raise StillgraphError(STAGE, problem, "write for example --keep lm_head=int8")
+    return pattern, precision

@@ -1,0 +1,63 @@
+"""A model that runs without being in memory: a layer's weights come with its turn, and leave again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stillgraph.exporter.checkpoint import Checkpoint
+
+NOTHING = torch.empty(0)
+RESIDENT = 1 << 30  # bytes: layers that are no larger in fp32 stay in memory once they are there
+
+
+def empty(module: nn.Module) -> None:
+    """Take the weights of a module out of memory."""
+    for parameter in module.parameters():
+        parameter.data = NOTHING
+
+
+@contextmanager
+def streamed(checkpoint: Checkpoint, model: Any, again: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a model of `Checkpoint.build` its weights in fp32: a layer's while it runs, the others now.
+
+    Yields what turns token ids [B, S] into ids of the same rows in a table of only these rows, which is what
+    the embedding has from then on. again: the model runs many times, and layers stay where they are small.
+    With gradients enabled a layer stays, for its way back: `empty` it then.
+    """
+    decoder = checkpoint.family.decoder(model)
+    embedding = decoder.get_input_embeddings()
+    embedding.padding_idx, table = None, embedding.weight
+    stored = {id(p): checkpoint.tensor(name) for name, p in model.named_parameters()}  # mapped
+    inside = [parameter for layer in decoder.layers for parameter in layer.parameters()]
+    resident = again and 4 * sum(stored[id(parameter)].numel() for parameter in inside) <= RESIDENT
+
+    def load(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters():
+            if not parameter.numel():
+                parameter.data = stored[id(parameter)].to(torch.float32)
+
+    def drop(module: nn.Module, *_: Any) -> None:
+        if not (resident or torch.is_grad_enabled()):
+            empty(module)
+
+    def embedded(ids: Tensor) -> Tensor:
+        rows, places = cast("tuple[Tensor, Tensor]", torch.unique(ids, return_inverse=True))
+        table.data = stored[id(table)][rows].to(torch.float32)
+        return places
+
+    streams = {id(parameter) for parameter in (*inside, table)}
+    for parameter in decoder.parameters():
+        parameter.data = NOTHING if id(parameter) in streams else stored[id(parameter)].to(torch.float32)
+    hooks = []
+    for layer in decoder.layers:
+        hooks += [layer.register_forward_pre_hook(load), layer.register_forward_hook(drop)]
+    try:
+        yield embedded
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,155 @@
+"""The pass over a model: what it rounds for, what a stop leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bundle import calibration
+from stillgraph.exporter.checkpoint import Checkpoint, open_checkpoint
+from stillgraph.exporter.quantize import calibrate as module
+from stillgraph.exporter.quantize.calibrate import calibrate, products
+from stillgraph.exporter.quantize.rounded import Rounded
+from stillgraph.exporter.quantize.rounding import Format, quantize
+from stillgraph.exporter.quantize.samples import own_texts
+from stillgraph.exporter.quantize.second_order import quantize_for
+from stillgraph.exporter.quantize.text import file_texts
+
+FORM = Format(4, 32)
+
+
+def quietly(line: str) -> None:
+    pass
+
+
+def ids_of(checkpoint: Checkpoint, texts: int = 8, length: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, checkpoint.spec.vocab_size - 3, (texts, length), generator=generator)
+
+
+def by_hand(model: nn.Module, ids: torch.Tensor, names: set[str]) -> None:
+    """Rounds transformers' whole model: one weight a pass, in the order of use, for what its product then
+    gets."""
+    got: dict[nn.Module, torch.Tensor] = {}
+    for name, product in model.named_modules():
+        if f"{name}.weight" in names:
+            product.register_forward_pre_hook(lambda product, inputs: got.update({product: inputs[0]}))
+    model(input_ids=ids, use_cache=False)
+    for product in list(got):
+        model(input_ids=ids, use_cache=False)
+        x = got[product].flatten(0, 1)
+        product.weight.data = quantize_for(product.weight.data, x.T @ x / len(x), FORM).dequantize()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "olmo2", "llava"])
+def test_each_weight_is_rounded_for_inputs_that_rounded_weights_make(
+    tiny_checkpoint, tmp_path, family
+) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family=family)))
+    names, ids = products(checkpoint), ids_of(checkpoint)
+    rounded = Rounded(tmp_path)
+    calibrate(checkpoint, dict.fromkeys(names, FORM), ids, rounded, quietly)
+    model = checkpoint.load()
+    by_hand(model, ids, names)
+    parameters = dict(model.named_parameters())
+    assert names
+    for name in names:
+        found = rounded.get(name, FORM)
+        assert found is not None
+        step = found.scales.abs().repeat_interleave(32, 1)[:, : found.columns]
+        moved = (found.dequantize() - parameters[name]).abs() > step / 2
+        # Eager and fused attention differ in the last bits of a float, which some codes feel: 0.024 at most
+        # here. Moments of inputs that weights as they were have made give 0.13 and more.
+        assert float(moved.float().mean()) < 0.05, name
+
+
+def test_an_export_that_was_stopped_goes_on(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint()))
+    forms, ids = dict.fromkeys(products(checkpoint), FORM), ids_of(checkpoint)
+    whole = Rounded(tmp_path / "whole")
+    calibrate(checkpoint, forms, ids, whole, quietly)
+    calls: list[torch.Tensor] = []
+
+    def counted(matrix, moments, form):
+        calls.append(matrix)
+        if len(calls) == 10:  # in the second layer of two, which have seven products each
+            raise KeyboardInterrupt
+        return quantize_for(matrix, moments, form)
+
+    monkeypatch.setattr(module, "quantize_for", counted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(checkpoint, forms, ids, Rounded(tmp_path / "stopped"), quietly)
+    (tmp_path / "stopped" / "000099.safetensors").write_bytes(b"half of a fi")
+    again = Rounded(tmp_path / "stopped")
+    calibrate(checkpoint, forms, ids, again, quietly)
+    assert len(calls) == 10 + 7
+    for name in forms:
+        one, other = again.get(name, FORM), whole.get(name, FORM)
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one.codes, other.codes), name
+        assert torch.equal(one.scales, other.scales), name
+    assert again.get(name, Format(4, 64)) is None
+
+
+def test_texts_are_made_once(tmp_path) -> None:
+    made = torch.arange(6).view(2, 3)
+    assert torch.equal(Rounded(tmp_path).texts(lambda: made), made)
+    assert torch.equal(Rounded(tmp_path).texts(lambda: pytest.fail("again")), made)
+
+
+def test_own_texts_are_what_the_model_is_likely_to_write(tiny_checkpoint) -> None:
+    """Drawn one after the other from transformers' own odds with the same numbers."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint(vocab_size=40)))
+    found = own_texts(checkpoint, 3, 12, quietly)
+    model, generator = checkpoint.load(), torch.Generator().manual_seed(0)
+    ids = torch.full((3, 1), 2)
+    with torch.no_grad():
+        for _ in range(11):
+            odds = model(input_ids=ids).logits[:, -1].softmax(-1).double().numpy()
+            drawn = torch.rand(3, 1, generator=generator, dtype=torch.float64).numpy()
+            new = [int((np.cumsum(row) <= at * row.sum()).sum()) for row, at in zip(odds, drawn, strict=True)]
+            ids = torch.cat([ids, torch.tensor(new)[:, None]], dim=1)
+    assert torch.equal(found, ids)
+    assert not torch.equal(found, own_texts(checkpoint, 3, 12, quietly, seed=1))
+
+
+def test_a_files_pieces_lie_over_all_of_it(tiny_checkpoint, tmp_path, refused) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tiny_checkpoint() / "tokenizer.json"))
+    path = tmp_path / "text"
+    path.write_text("".join(chr(97 + i // 60) for i in range(1500)))
+    ids = file_texts(path, tokenizer, 10, 50)
+    assert ids.shape == (10, 50)
+    assert set(ids[:, 0].tolist()) == {2}
+    letters = tokenizer.encode("ay", add_special_tokens=False).ids
+    assert [ids[0, 1].item(), ids[-1, -1].item()] == letters
+    path.write_text("a" * 1000)
+    with refused("calibrate", str(path), "1000 tokens", "1024"):
+        file_texts(path, tokenizer, 10, 50)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3_vision", "granite"])
+def test_only_a_decoders_products_are_calibrated(tiny_checkpoint, family) -> None:
+    names = products(open_checkpoint(str(tiny_checkpoint(family=family))))
+    assert len(names) == 2 * 7
+    assert all(".layers." in name and ("proj" in name) for name in names)
+    assert not any("lm_head" in name or "embed" in name for name in names)
+
+
+def test_what_is_left_of_other_calibrations_goes(tmp_path) -> None:
+    for name in (".b.calibration-1", ".b.calibration-2", ".c.calibration-1"):
+        (tmp_path / name).mkdir()
+    calibration.forget(tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == [".c.calibration-1"]
+
+
+def test_weights_that_are_no_numbers(tiny_checkpoint) -> None:
+    matrix, moments = torch.full((2, 40), torch.nan), torch.eye(40)
+    with pytest.raises(StillgraphError, match="not a number"):
+        quantize_for(matrix, moments, FORM)
+    assert quantize(torch.ones(2, 40), FORM).columns == 40

@@ -1,0 +1,74 @@
+"""What four bits cost each weight, against the divergence that they really make, and what a budget buys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stillgraph.exporter.checkpoint import open_checkpoint
+from stillgraph.exporter.quantize.rounding import Format, quantize
+from stillgraph.exporter.quantize.samples import own_texts
+from stillgraph.exporter.quantize.sensitivity import Unit, bits_of, choose, sensitivity
+
+FEW, MANY = Format(4, 32, symmetric=False), Format(8, 32, symmetric=False)
+
+
+def divergence(model: Any, ids: torch.Tensor, original: torch.Tensor) -> float:
+    found = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    return float((original.exp() * (original - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "granite", "llava"])
+def test_it_foretells_the_divergence_of_each_product(tiny_checkpoint: Any, family: str) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family=family)))
+    ids = own_texts(checkpoint, 24, 24, lambda line: None)
+
+    def stored(name: str) -> torch.Tensor:
+        return quantize(checkpoint.tensor(name), FEW).dequantize()
+
+    units = sensitivity(checkpoint, stored, ids, lambda line: None)
+    model = checkpoint.load()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        original = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        measured = []
+        for unit in units:
+            saved = {name: parameters[name].clone() for name in unit.names}
+            for name in unit.names:
+                parameters[name].copy_(quantize(parameters[name], FEW).dequantize())
+            measured.append(divergence(model, ids, original))
+            for name, weight in saved.items():
+                parameters[name].copy_(weight)
+    foretold = np.array([unit.cost for unit in units])
+    ratios = foretold / np.array(measured)
+    assert len(units) == 2 * 4  # layers; queries, keys and values are one, as are gate and up
+    assert ratios.max() < 2.5
+    assert ratios.min() > 0.4
+    assert np.corrcoef(np.log(foretold), np.log(measured))[0, 1] > 0.9
+
+
+def unit(name: str, cost: float, numbers: int = 64) -> Unit:
+    return Unit((name,), numbers, 64, cost)
+
+
+def test_a_budget_goes_to_the_dearest_bits() -> None:
+    units = [unit("cheap", 0.1), unit("dear", 1.0), unit("large", 3.0, 640), unit("small", 0.5)]
+    least = bits_of(FEW, 64)
+    names = lambda budget: [one.names[0] for one in choose(units, FEW, MANY, budget)[0]]  # noqa: E731
+    assert names(least) == []
+    assert names(least + 0.4) == ["dear"]
+    assert names(least + 0.7) == ["dear", "small"]
+    assert names(9.3) == ["dear", "small", "large", "cheap"]
+    chosen, bits = choose(units, FEW, MANY, least + 0.7)
+    assert bits == pytest.approx(least + sum(one.numbers for one in chosen) * 4.125 / 832)
+    assert bits <= least + 0.7
+
+
+def test_bits_count_scales_zero_points_and_what_fills_a_block() -> None:
+    assert bits_of(Format(4, 64), 128) == 4.5
+    assert bits_of(Format(4, 64, symmetric=False), 128) == 4 + 36 / 64
+    assert bits_of(Format(8, 32, symmetric=False), 128) == 8 + 40 / 32
+    assert bits_of(Format(4, 128), 192) == (4 * 256 + 2 * 32) / 192
