@@ -107,9 +107,9 @@ def validate(
     manifests = [_checked(bundle, check_hashes) for bundle in bundles]
     if table is not None:
         _check_table(table, manifests)
+    read_texts(text or ())
     for name in [model] if model else [manifest.source.id for manifest in manifests]:
         check_folder(name)
-    read_texts(text or ())
     output, parities = Output(quiet, as_json), []
     for bundle, manifest in zip(bundles, manifests, strict=True):
         with output.progress() as say:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from stillgraph.compiled import find
 from stillgraph.exporter.bench.contender import Contender, ContenderSource, Making
-from stillgraph.exporter.precisions import QUANTIZED
+from stillgraph.exporter.calibration import NONE
+from stillgraph.exporter.few_bits import few_bits
+from stillgraph.exporter.precisions import CALIBRATED, QUANTIZED
 from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import MANIFEST, Manifest
 
@@ -36,6 +38,7 @@ def form(name: str, source: ContenderSource) -> Contender | None:
     what = ["dynamic"] if match["target"] == "dynamic" else ["bundle", "--target", match["target"]]
     command = [*_stillgraph("export"), *what, "--model", source.checkpoint, "--ctx", str(source.ctx)]
     command += ["--precision", match["precision"]] if match["precision"] else []
+    command += ["--calibrate", NONE] if match["precision"] == CALIBRATED else []  # which changes no time
     command += ["--block-size", match["block"]] if match["block"] else []
     command += ["--fast-prefill"] if match["fast"] else []
     if what[0] == "bundle":
@@ -88,11 +91,16 @@ def base_name(manifest: Manifest) -> str:
         return "dynamic"
     words = [manifest.target, "" if manifest.precision == "fp32" else manifest.precision]
     if form := manifest.quantization:
+        usual = few_bits(manifest.precision, None, None, (), NONE, None)
         words += [
-            f"b{form.block_size}" if form.block_size != 128 else "",
+            f"b{form.block_size}" if form.block_size != usual.block_size else "",
             "fast" if form.fast_prefill else "",
         ]
-        words += ["asymmetric" if not form.symmetric else "", "kept" if form.keep else ""]
+        points = "symmetric" if form.symmetric else "asymmetric"
+        words += [
+            points if form.symmetric != usual.symmetric else "",
+            "kept" if form.keep != usual.keep else "",
+        ]
     return "-".join(word for word in words if word)
 
 

@@ -86,7 +86,6 @@ def compile_bundle(bundle: Path, say: Say, pack_fp32: bool = False) -> Compiled:
     with _disk_errors(job.folder), _claimed(job.folder):
         _check_space(job)
         compiled = _compile(job, say)
-        seal(job.folder).unlink(missing_ok=True)
         staged_file(job.folder / DESCRIPTION, compiled.to_json())
         staged_file(seal(job.folder), sha256(job.folder / DESCRIPTION) + "\n")
     return compiled

@@ -16,7 +16,7 @@ from stillgraph import cli
 from stillgraph.exporter.validate import metrics
 from stillgraph.exporter.validate.report import CaseResult, Parity
 from stillgraph.exporter.validate.table import Comparison
-from stillgraph.files import check_files
+from stillgraph.files import check_files, describe
 from stillgraph.manifest import Validation, read
 
 SIZES = ["--max-len", "8", "--ctx", "16"]
@@ -105,6 +105,9 @@ def test_validate_exits_1_when_a_bound_is_broken(own_bundle, capsys) -> None:
     values = np.fromfile(weights, np.float32)
     values[: values.size // 2] *= 1.01
     values.tofile(weights)
+    raw = json.loads((own_bundle / "manifest.json").read_text())
+    raw["weights"]["file"] = describe(own_bundle, weights).model_dump()
+    (own_bundle / "manifest.json").write_text(json.dumps(raw))
     assert cli.main(["validate", str(own_bundle), "--quick", "--json", "--quiet"]) == 1
     stdout, stderr = capsys.readouterr()
     assert (json.loads(stdout)["passed"], stdout.count("\n")) == (False, 1)
@@ -208,7 +211,7 @@ def with_an_identity(bundle: Path) -> None:
     model.graph.node.append(onnx.helper.make_node("Identity", ["unnamed"], ["logits"]))
     (bundle / entry.file.path).write_bytes(model.SerializeToString())
     raw = json.loads((bundle / "manifest.json").read_text())
-    raw["graphs"]["decode-40"]["file"]["nbytes"] = (bundle / entry.file.path).stat().st_size
+    raw["graphs"]["decode-40"]["file"] = describe(bundle, bundle / entry.file.path).model_dump()
     raw["graphs"]["decode-40"] |= {"weights": [], "ops": {}}  # which are of the nodes
     (bundle / "manifest.json").write_text(json.dumps(raw))
 

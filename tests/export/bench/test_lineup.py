@@ -21,7 +21,11 @@ SOURCE = ContenderSource("somewhere", "0" * 64, Path("work"), Path("work/models"
     [
         ("portable", ["bundle", "--target", "portable"], True),
         ("portable-fp16", ["--precision", "fp16"], False),
-        ("onnxruntime-int4-b32-fast", ["--precision", "int4", "--block-size", "32", "--fast-prefill"], False),
+        (
+            "onnxruntime-int4-b32-fast",
+            ["--precision", "int4", "--calibrate", "none", "--block-size", "32", "--fast-prefill"],
+            False,
+        ),
         ("onnxruntime+unload", ["--target", "onnxruntime", "--model"], True),
         ("dynamic", ["export", "dynamic"], True),
     ],

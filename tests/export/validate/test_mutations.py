@@ -15,7 +15,7 @@ from stillgraph.errors import CheckFailed
 from stillgraph.exporter.bundle import build
 from stillgraph.exporter.checkpoint import Checkpoint, open_checkpoint
 from stillgraph.exporter.config import request
-from stillgraph.exporter.tensor_files import StoredTensor
+from stillgraph.exporter.tensor_files import SafeTensor
 from stillgraph.exporter.validate import validate as validation
 from stillgraph.spec import GraphShape
 
@@ -119,7 +119,7 @@ class Loader:
         config = deepcopy(found.config)
         config.tie_word_embeddings = False
 
-        class Made(StoredTensor):
+        class Made(SafeTensor):
             def read(self) -> torch.Tensor:
                 return torch.randn(super().read().shape, generator=torch.manual_seed(1)) / 8
 
