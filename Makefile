@@ -9,7 +9,7 @@ SEEING := artifacts/demo-vision
 SCHEMA := runtime/manifest.schema.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test real bench cpus check schema clean
+.PHONY: help demo test real bench cpus faults fuzz check schema clean
 
 help:  ## Show this
 	@sed -n "s/^\([a-z]*\):.*  ## /\1	/p" Makefile
@@ -32,6 +32,12 @@ bench: $(VENV)/.dev  ## Ratios to PyTorch beside those kept in tests/ratios, in 
 
 cpus: $(VENV)/.dev  ## Products and the demo on each class of CPU, emulated where it is another's, in 5 minutes
 	@$(BIN)/python -m tests.cpus.table artifacts/cpus
+
+faults: $(VENV)/.dev  ## Interrupts, threads, damage, kills, hostile input, 2000 generations, in 15 minutes; SEED=1
+	@$(BIN)/python -m tests.faults.run $(if $(SEED),--seed $(SEED))
+
+fuzz: $(VENV)/.dev  ## Damage and hostile input, ten times as much of it; SEED=1
+	@$(BIN)/python -m tests.faults.run --long $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.dev  ## Lint, types, and which package may import which
 	$(BIN)/ruff check

@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Environment, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -24,6 +25,11 @@ from stillgraph.tokenizer import read_json
 STEP, JOIN = "stillgraph_step", "stillgraph_join"  # names that no template has
 MOST_STEPS = 200_000  # a fifth of a second
 MOST_CHARACTERS = 16_000_000
+MOST_ASKED = 100_000  # a width, an indent, a count
+MOST_WRAPPED = 100_000  # characters: wrapping takes time that is quadratic in them
+SIZING = ("batch", "center", "format", "indent", "replace", "slice", "tojson", "truncate", "wordwrap")
+METHODS = ("expandtabs", "join", "ljust", "rjust", "zfill")  # of texts, besides those of these names
+WIDTH = re.compile(r"\d+")
 IMAGE_PART = re.compile(r"""(type['"]?\]?\s*==|equalto['"]\s*,)\s*['"]image['"]""")
 
 
@@ -136,16 +142,19 @@ def _public(name: object) -> None:
 class _Limited(ImmutableSandboxedEnvironment):
     """The environment of transformers' `_compile_jinja_template`, with limits: templates are untrusted code.
 
-    A step is counted in each turn of a loop and in each call of a macro. What is joined, repeated or raised
-    to a power is looked at before it is made.
+    A step is counted in each turn of a loop and in each call of a macro. What is joined, added, repeated,
+    formatted, replaced or raised to a power is looked at before it is made.
     """
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters["tojson"] = _tojson
         self.filters[JOIN] = _joined
+        for name in SIZING:
+            self.filters[name] = _checked(name, self.filters[name])
+        del self.globals["lipsum"]  # any number of paragraphs, at random
         self.globals.update(
             raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
         )
@@ -163,9 +172,32 @@ class _Limited(ImmutableSandboxedEnvironment):
         sizes = [len(value) if isinstance(value, Sized) else value for value in (left, right)]
         if operator == "*" and any(isinstance(value, Sized) for value in (left, right)):
             _check_size(sizes[0] * sizes[1])
+        elif operator == "+" and all(isinstance(value, Sized) for value in (left, right)):
+            _check_size(sizes[0] + sizes[1])
         elif operator == "**":
             _check_size(int(left).bit_length() * right if isinstance(left, int) else 0)
+        elif operator == "%" and isinstance(left, str):
+            _check_call("format", left, *(right if isinstance(right, tuple) else (right,)))
         return super().call_binop(context, operator, left, right)
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # a template may name an argument `self`
+        self, context, called, *rest = args
+        subject, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
+        if isinstance(subject, str) and (name in SIZING or name in METHODS):
+            _check_call(name, subject, *rest, *kwargs.values())
+        return super(_Limited, self).call(context, called, *rest, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """Called for what may be the method `format` of a text."""
+        made, subject = super().wrap_str_format(value), getattr(value, "__self__", "")
+        if made is None:
+            return None
+
+        def formatted(*args: Any, **kwargs: Any) -> Any:
+            _check_call("format", subject, *args, *kwargs.values())
+            return made(*args, **kwargs)
+
+        return formatted
 
 
 def _guarded(node: Any) -> Any:
@@ -184,6 +216,34 @@ def _joined(parts: Sequence[Any]) -> str:
     texts = [str(part) for part in parts]
     _check_size(sum(map(len, texts)))
     return "".join(texts)
+
+
+def _checked(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that looks at what it is given first."""
+
+    @wraps(filter_)  # with jinja2's marks of what else it takes
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [value for value in args if not isinstance(value, Environment | nodes.EvalContext)]
+        _check_call(name, *given, *kwargs.values())
+        return filter_(*args, **kwargs)
+
+    return call
+
+
+def _check_call(name: str, subject: Any, *values: Any) -> None:
+    """Look at what a filter or a method of that name is given, before it makes a text of it."""
+    numbers = [value for value in values if isinstance(value, int)]
+    if name == "format":
+        nested = "*" in subject or "{" in subject.partition(":")[2]  # a width may be one of the values
+        numbers = [*(numbers if nested else []), *(int(width[:20]) for width in WIDTH.findall(subject))]
+    if max(numbers, default=0) > MOST_ASKED:
+        raise TemplateError(f"it asks {name} for {max(numbers)}, over {MOST_ASKED}")
+    if name == "wordwrap" and len(subject) > MOST_WRAPPED:
+        raise TemplateError(f"it wraps a text of over {MOST_WRAPPED} characters")
+    if name == "replace" and len(values) >= 2 and isinstance(values[0], str):
+        _check_size(len(subject) + str(subject).count(values[0]) * len(values[1]))
+    elif name == "join" and isinstance(subject, str) and isinstance(values[0], Sized):
+        _check_size(len(subject) * len(values[0]))
 
 
 def _check_size(characters: float) -> None:

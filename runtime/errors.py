@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 1000  # characters of a problem: a value in it may be of any length
+
 
 def first_line(error: Exception) -> str:
     """The first 300 characters of what another library says is wrong, or the error's class."""
@@ -18,6 +20,8 @@ class StillgraphError(Exception):
     exit_code = 2
 
     def __init__(self, stage: str, problem: str, remedy: str) -> None:
+        if len(problem) > LONGEST:
+            problem = f"{problem[:LONGEST]}..."
         self.stage, self.problem, self.remedy = stage, problem, remedy
         super().__init__(f"{stage}: {problem}; {remedy}.")
 

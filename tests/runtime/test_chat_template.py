@@ -256,7 +256,23 @@ HOSTILE = {
         "{% set t = namespace(x='ab') %}{% for i in range(60) %}{% set t.x = t.x ~ t.x %}{% endfor %}",
         "over 16000000 characters",
     ),
+    "added": (
+        "{% set t = namespace(x='ab') %}{% for i in range(26) %}{% set t.x = t.x + t.x %}{% endfor %}",
+        "over 16000000 characters",
+    ),
     "repeated": ("{{ 'a' * 10 ** 10 }}", "over 16000000 characters"),
+    "a width": ("{{ '%20000000d' % 1 }}", "asks format for 20000000"),
+    "a width that is given": ("{{ '%*d' % (20000000, 1) }}", "asks format for 20000000"),
+    "a width of format": ("{{ '{:>20000000}'.format(1) }}", "asks format for 20000000"),
+    "a width of format that is given": ("{{ '{:>{}}'.format(1, 20000000) }}", "asks format for 20000000"),
+    "a width of a filter": ("{{ 'a' | center(20000000) | length }}", "asks center for 20000000"),
+    "a width of a method": ("{{ 'a'.ljust(20000000) }}", "asks ljust for 20000000"),
+    "an indent": ("{{ messages | tojson(indent=10000000) }}", "asks tojson for 10000000"),
+    "replaced": ("{{ ('a' * 9999).replace('', 'b' * 9999) }}", "over 16000000 characters"),
+    "replaced by a filter": ("{{ ('a' * 9999) | replace('a', 'b' * 9999) }}", "over 16000000 characters"),
+    "joined": ("{{ ('a' * 9999).join(range(9999) | map('string') | list) }}", "over 16000000 characters"),
+    "wrapped": ("{{ ('a' * 200000) | wordwrap(1000) }}", "wraps a text of over 100000"),
+    "paragraphs at random": ("{{ lipsum(n=10) }}", "'lipsum' is undefined"),
     "a list repeated": ("{{ 10 ** 10 * [1] }}", "over 16000000 characters"),
     "a large power": ("{{ 7 ** (10 ** 9) }}", "over 16000000 characters"),
     "a division": ("{{ 1 / 0 }}", "division by zero"),
@@ -283,6 +299,18 @@ def test_joining_is_what_it_was() -> None:
         "{{ 'a' ~ 1 ~ none ~ 2.5 ~ undefined_name ~ [1, 'b'] ~ (2 * 3) ~ 'c' * 2 ~ 2 ** 3 }}", {}
     )
     assert template.render([]) == "a1None2.5[1, 'b']6cc8"
+
+
+def test_large_numbers_are_written_as_ever() -> None:
+    number = 1700000000
+    source = (
+        "{{ n | tojson }} {{ '%d' % n }} {{ '{:,}'.format(n) }} {{ '%s'|format(n) }}"
+        " {{ 'a b'.replace(' ', '-') }}"
+        "{% macro same(x) %} {{ x }}{% endmacro %}{{ same(n) }} {{ '%-3s|%5.2f' % ('x', 1.5) }} {{ n + n }}"
+        " {{ ','.join(['a', 'b']) }} {{ 'a b' | wordwrap(2) }} {{ 'a' + 'b' }}"
+    )
+    expected = f"{number} {number} 1,700,000,000 {number} a-b {number} x  | 1.50 {2 * number} a,b a\nb ab"
+    assert Template(source, {}).render([], n=number) == expected
 
 
 def test_bytes_that_are_no_text(tmp_path, refused) -> None:

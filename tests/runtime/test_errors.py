@@ -21,6 +21,12 @@ def test_an_error_is_the_same_after_pickling(kind) -> None:
     assert copy.args == error.args
 
 
+def test_a_value_of_any_length_makes_a_sentence_of_some() -> None:
+    error = StillgraphError("load bundle", "a" * 5000, "make one")
+    assert str(error) == f"load bundle: {'a' * 1000}...; make one."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
 def test_an_error_comes_out_of_a_worker_process(tmp_path) -> None:
     with (
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
