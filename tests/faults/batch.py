@@ -14,20 +14,21 @@ from pathlib import Path
 from tests.faults.outcome import Outcome, Tally
 
 ROOT = Path(__file__).parents[2]
-STARTS = 120.0  # seconds until the first outcome, in which bundles are loaded and libraries imported
+SCRATCH = ROOT / "artifacts" / "faults"  # on the bundles' file system, for hard links
 
 
 def run(name: str, seed: int, count: int, limit: float = 60.0) -> Tally:
-    """`count` trials of a name of `worker.TRIALS`. limit: seconds that one may take.
+    """`count` trials of a name of `worker.TRIALS`. limit: seconds that one may take, the first twice as many.
 
     A process that dies or hangs costs the trial that it was in; another goes on behind that.
     """
     tally, done = Tally(name), 0
     while done < count:
-        for found in _process(name, seed, done, count, limit):
-            tally.add(found)
-            tally.note = found.what if found.what.startswith("note ") else tally.note
-            done += 1
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+            for found in _process([name, str(seed), str(done), str(count), scratch], count - done, limit):
+                tally.add(found)
+                tally.note = found.what if found.what.startswith("note ") else tally.note
+                done += 1
     tally.note = tally.note.removeprefix("note ")
     return tally
 
@@ -36,8 +37,8 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
-def _process(name: str, seed: int, first: int, end: int, limit: float) -> Iterator[Outcome]:
-    command = [sys.executable, "-m", "tests.faults.worker", name, str(seed), str(first), str(end)]
+def _process(arguments: list[str], count: int, limit: float) -> Iterator[Outcome]:
+    command = [sys.executable, "-m", "tests.faults.worker", *arguments]
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(
@@ -45,9 +46,9 @@ def _process(name: str, seed: int, first: int, end: int, limit: float) -> Iterat
         ) as process,
     ):
         assert process.stdout is not None
-        done, late = first, threading.Event()
-        while done < end:
-            timer = threading.Timer(STARTS if done == first else limit, _end, (process, late))
+        done, late = 0, threading.Event()
+        while done < count:
+            timer = threading.Timer(limit if done else 2 * limit, _end, (process, late))
             timer.start()
             line = process.stdout.readline()
             timer.cancel()
@@ -56,12 +57,12 @@ def _process(name: str, seed: int, first: int, end: int, limit: float) -> Iterat
             yield Outcome(*json.loads(line))
             done += 1
         process.wait()
-        if done < end:
+        if done < count:
             said.seek(0, os.SEEK_END)
             said.seek(max(0, said.tell() - 300))
             how = "never ended" if late.is_set() else f"the process ended with {process.returncode}"
             last = " ".join(said.read().decode(errors="replace").split())
-            yield Outcome("raw", f"trial {done}: {how}: {last}")
+            yield Outcome("raw", f"trial {int(arguments[2]) + done}: {how}: {last}")
 
 
 def _end(process: subprocess.Popen[str], late: threading.Event) -> None:

@@ -30,9 +30,9 @@ COUNTS = {
     "threads: 8 on a pool of 2": 256,
     "damages: int4 and its compiled folder": 350,
     "damages: fp32": 150,
-    "kills: export": 20,
-    "kills: validate": 20,
-    "kills: compile": 60,
+    "kills: export": 10,
+    "kills: validate": 10,
+    "kills: compile": 80,
     "hostile: manifests": 400,
     "hostile: chat templates": 1000,
     "hostile: arguments": 1000,
@@ -54,7 +54,8 @@ def main() -> int:
     share = 10.0 if given.long else 0.1 if given.quick else 1.0
 
     def one(name: str) -> Tally:
-        tally = batch.run(name, given.seed, ceil(COUNTS[name] * share))
+        limit = 300.0 if name.startswith("kills") else 60.0
+        tally = batch.run(name, given.seed, ceil(COUNTS[name] * share), limit)
         print(f"{name}: {dict(tally.counts)}", *tally.bad[:20], sep="\n  ", flush=True)
         return tally
 

@@ -1,4 +1,7 @@
-"""A process of trials: `python -m tests.faults.worker NAME SEED FIRST END`, a line of JSON for each."""
+"""A process of trials, a line of JSON for each.
+
+python -m tests.faults.worker NAME SEED FIRST END SCRATCH
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -38,19 +40,18 @@ TRIALS = {
 }
 
 
-def main(name: str, seed: int, first: int, end: int) -> None:
+def main(name: str, seed: int, first: int, end: int, scratch: Path) -> None:
     file, _, maker = TRIALS[name].partition(":")
     make: Callable[[int, Path], Trial] = getattr(import_module(f"tests.faults.{file}"), maker)
     logging.getLogger("stillgraph").setLevel(logging.CRITICAL)
     # What libraries print goes elsewhere: stdout is for outcomes.
     outcomes = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    with tempfile.TemporaryDirectory(dir=Path("artifacts/faults")) as scratch:
-        trial = make(seed, Path(scratch))
-        for number in range(first, end):
-            found = trial(number)
-            print(json.dumps([found.kind, found.what]), file=outcomes, flush=True)
+    trial = make(seed, scratch)
+    for number in range(first, end):
+        found = trial(number)
+        print(json.dumps([found.kind, found.what]), file=outcomes, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5]))
