@@ -16,6 +16,6 @@ def test_the_worked_example_is_the_file_and_its_test() -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    named = re.findall(r"`?((?:tests|export|patches)/[\w/]+(?:\.py)?)", TEXT)
+    named = re.findall(r"`?((?:tests|export|patches)/[\w/]+(?:\.py|\.md)?)", TEXT)
     assert len(named) > 5
     assert [name for name in named if not (ROOT / name).exists()] == []
