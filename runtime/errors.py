@@ -20,8 +20,8 @@ class StillgraphError(Exception):
     exit_code = 2
 
     def __init__(self, stage: str, problem: str, remedy: str) -> None:
-        if len(problem) > LONGEST:
-            problem = f"{problem[:LONGEST]}..."
+        if len(problem) > LONGEST:  # what is wrong is said before the value or behind it
+            problem = f"{problem[: LONGEST // 2]}...{problem[-LONGEST // 2 :]}"
         self.stage, self.problem, self.remedy = stage, problem, remedy
         super().__init__(f"{stage}: {problem}; {remedy}.")
 

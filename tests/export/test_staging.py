@@ -236,7 +236,7 @@ def test_no_space_for_the_weights(
 def test_the_disk_fills_up_while_weights_are_written(
     refused: Refused, own: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(folder: Path, *_: Any) -> None:
+    def full(folder: Path, *_: Any, **__: Any) -> None:
         (folder / "weights.data").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
