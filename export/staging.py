@@ -27,7 +27,8 @@ def staged(place: Path) -> Iterator[Path]:
     where it has changed meanwhile.
     """
     check_place(place)
-    with _alone(place):
+    problem = f"another process is writing {place}"
+    with alone(place, StillgraphError("write bundle", problem, "wait for it, or give another --out")):
         yield from _staged(place)
 
 
@@ -77,20 +78,22 @@ def staged_file(path: Path, content: str) -> None:
 
 
 @contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """While no other process writes this bundle, where it exists and the system has such locks."""
-    if sys.platform == "win32" or not place.is_dir():
+def alone(folder: Path, busy: StillgraphError) -> Iterator[None]:
+    """While no other process has this folder so, where it exists and the system has such locks.
+
+    Raises `busy` where one has it.
+    """
+    if sys.platform == "win32" or not folder.is_dir():
         yield
         return
     import fcntl
 
-    handle = os.open(place, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
     except BlockingIOError:
         os.close(handle)
-        problem = f"another process is writing {place}"
-        raise StillgraphError("write bundle", problem, "wait for it, or give another --out") from None
+        raise busy from None
     try:
         yield
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ from stillgraph.exporter.compile.prepacked import (
     take_in,
 )
 from stillgraph.exporter.ort import session_options
-from stillgraph.exporter.staging import staged_file
+from stillgraph.exporter.staging import alone, staged_file
 from stillgraph.files import check_files, describe, sha256
 from stillgraph.manifest import File, GraphEntry, Manifest
 from stillgraph.manifest import read as read_manifest
@@ -233,28 +232,18 @@ def _check_space(job: Job) -> None:
 def _claimed(folder: Path) -> Iterator[None]:
     """Lock a folder against another compile; before and after it has no file that its description lacks."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = None
-    if sys.platform != "win32":
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
+    busy = StillgraphError(STAGE, f"another compile into {folder} is running", "wait for it")
+    with alone(folder, busy):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            os.close(handle)
-            raise StillgraphError(STAGE, f"another compile into {folder} is running", "wait for it") from None
-    try:
-        _clean(folder)
-        yield
-    finally:
-        _clean(folder)
-        if not any(folder.iterdir()):
-            seal(folder).unlink(missing_ok=True)
-        for empty in (folder, folder.parent):
-            if not any(empty.iterdir()):
-                empty.rmdir()
-        if handle is not None:
-            os.close(handle)
+            _clean(folder)
+            yield
+        finally:
+            _clean(folder)
+            if not any(folder.iterdir()):
+                seal(folder).unlink(missing_ok=True)
+            for empty in (folder, folder.parent):
+                if not any(empty.iterdir()):
+                    empty.rmdir()
 
 
 def _clean(folder: Path) -> None:
