@@ -5,23 +5,15 @@ from __future__ import annotations
 import jinja2
 
 from stillgraph.certificate import Content
+from stillgraph.exporter.validate.page import STYLE
 from stillgraph.exporter.validate.report import COLUMNS, Parity, case_row
 
 PAGE = jinja2.Template(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Proof of {{ title }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.verdict { font-weight: 600; color: {{ "#16a34a" if content.passed else "#dc2626" }}; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #8884; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-tr.broken { color: #dc2626; font-weight: 600; }
-.scroll { overflow-x: auto; } code { font-size: .85em; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; }
+"""
+    + STYLE
+    + """code { overflow-wrap: anywhere; }
 </style></head><body>
 <h1>Proof of {{ title }}</h1>
 <p class="verdict">{{ "Passed" if content.passed else "FAILED" }}</p>
@@ -70,6 +62,7 @@ def write_page(content: Content, parity: Parity) -> str:
     html: str = PAGE.render(
         title=f"a {content.subject} of {content.checkpoint}",
         content=content,
+        passed=content.passed,
         parity=parity,
         facts=facts,
         lists=[

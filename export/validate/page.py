@@ -30,23 +30,28 @@ INK = "#808691"  # reads on white and on black
 COLORS = {True: "#3b82f6", False: "#f59e0b"}
 FLOOR = 1e-9  # where the logarithmic axis puts an exact match
 
-PAGE = jinja2.Template(
-    """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Parity of {{ name }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
+# The start of a page's style; `passed` is asked for when it is rendered.
+STYLE = """<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.verdict { font-weight: 600; color: {{ "#16a34a" if parity.passed else "#dc2626" }}; }
+.verdict { font-weight: 600; color: {{ "#16a34a" if passed else "#dc2626" }}; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .85rem; }
 th, td { padding: .2rem .5rem; text-align: right; border-bottom: 1px solid #8884; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-.deployed th:nth-child(2), .deployed td:nth-child(2) { text-align: right; } h3 { font-size: .95rem; }
 tr.broken { color: #dc2626; font-weight: 600; }
-svg { width: 100%; height: auto; } .scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } code { font-size: .85em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dd { margin: 0; }
-code { font-size: .85em; }
+"""
+
+PAGE = jinja2.Template(
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Parity of {{ name }}</title>
+"""
+    + STYLE
+    + """.deployed th:nth-child(2), .deployed td:nth-child(2) { text-align: right; } h3 { font-size: .95rem; }
+svg { width: 100%; height: auto; }
 </style></head><body>
 <h1>Parity with PyTorch: {{ name }}</h1>
 <p class="verdict">{{ "Passed" if parity.passed else "FAILED" }}: worst relative error
@@ -114,6 +119,7 @@ def write_page(manifest: Manifest, parity: Parity) -> str:
     html: str = PAGE.render(
         name=manifest.source.id,
         parity=parity,
+        passed=parity.passed,
         quality=parity.quality,
         facts=facts,
         lists=[
