@@ -57,6 +57,6 @@ def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
                 raise RuntimeError(
                     f"patch {patch.name}: {patch.target} takes {found}, expected {patch.signature}"
                 )
-            undo.callback(setattr, place, attribute, original)
+            undo.callback(setattr, place, attribute, vars(place).get(attribute, original))
             setattr(place, attribute, patch.replacement)
         yield

@@ -22,6 +22,7 @@ from stillgraph.exporter.trace.half_range import keep_fp32
 from stillgraph.manifest import Precision, Target
 from stillgraph.patches.half_weights import half_linear
 from stillgraph.patches.patch import Patch, applied
+from stillgraph.patches.torchlib_registry import TORCHLIB_REGISTRY
 from stillgraph.ports import NEW, PAST, Port, input_ports, output_ports
 from stillgraph.spec import GraphShape
 
@@ -46,7 +47,7 @@ def convert(
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
     patches = _patches(checkpoint, shape, target, precision, split_mlp)
-    with registered_attention(), applied(patches), quiet():
+    with registered_attention(), applied((*patches, TORCHLIB_REGISTRY)), quiet():
         model = checkpoint.build(ATTENTION)
         keep_fp32(model, kept_fp32)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
