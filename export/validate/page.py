@@ -13,6 +13,7 @@ from markupsafe import Markup
 mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from stillgraph.exporter.validate.report import (
     AGREEMENT_COLUMNS,
@@ -143,9 +144,12 @@ def write_page(manifest: Manifest, parity: Parity) -> str:
 def _figure(parity: Parity, plot: Callable[[Parity, Axes], None]) -> str:
     with mpl.rc_context({"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
                          "ytick.color": INK, "svg.fonttype": "none", "svg.hashsalt": "parity"}):  # fmt: skip
-        figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(9, 3.2))
+        figure.subplots_adjust(left=0.08, right=0.99, bottom=0.15, top=0.88)
         plot(parity, axes)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")  # mathtext is most of drawing
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.18))
         buffer = io.StringIO()
