@@ -13,7 +13,7 @@ from markupsafe import Markup
 mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatter
 
 from stillgraph.exporter.validate.report import (
     AGREEMENT_COLUMNS,
@@ -148,8 +148,8 @@ def _figure(parity: Parity, plot: Callable[[Parity, Axes], None]) -> str:
         figure.subplots_adjust(left=0.08, right=0.99, bottom=0.15, top=0.88)
         plot(parity, axes)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")  # mathtext is most of drawing
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(LogFormatter())  # as text: mathtext is most of drawing
+        axes.yaxis.set_minor_formatter(LogFormatter())
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.18))
         buffer = io.StringIO()
