@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"export": "stillgraph.exporter", "patches": "stillgraph.patches", "runtime": "stillgraph"}
 # What of the runtime is open to the export.
 OPEN = (
-    "calling certificate compiled cpu errors exit_codes files manifest metrics page_cache ports spec "
-    "weight_tensor"
+    "calling certificate compiled cpu errors exit_codes files golden manifest metrics page_cache ports row "
+    "spec weight_tensor"
 )
 OF_RUNTIME = {f"stillgraph.{name}" for name in OPEN.split()}
 # What is open to the bench besides: it runs the engine.

@@ -36,6 +36,7 @@ from stillgraph.exporter.staging import staged
 from stillgraph.exporter.trace.half_range import beyond, calibrate
 from stillgraph.exporter.trace.tracing import convert
 from stillgraph.files import check_files, describe
+from stillgraph.golden import GOLDEN
 from stillgraph.manifest import (
     MANIFEST,
     Alias,
@@ -159,7 +160,7 @@ def carry_over(place: Path, folder: Path, former: Manifest) -> None:
 
 def _carry(checkpoint: Checkpoint, folder: Path, say: Say) -> None:
     """Copy the checkpoint's files that a runtime reads, and write its tokenizer."""
-    for name in FILES:
+    for name in (*FILES, GOLDEN):  # the latter is of the graphs that were there
         (folder / name).unlink(missing_ok=True)  # it may be a link into the previous bundle
     for name in CARRIED:
         if (checkpoint.folder / name).is_file():

@@ -179,6 +179,18 @@ def chat_template(source: Path, fast: Any, sees: bool) -> str | None:
     return found
 
 
+def chat_ids(folder: Path, bos: int | None, content: str) -> list[int] | None:
+    """A chat of one message as a bundle's files make it; None where they have no template, or it refuses."""
+    if not (folder / TOKENIZER).is_file():
+        return None
+    text = Text(folder, bos)
+    try:
+        chat = read_template(folder, text.special_tokens).render([{"role": "user", "content": content}])
+    except StillgraphError:
+        return None
+    return text.encode(chat, special=False)
+
+
 def compare(folder: Path, fast: Any, names: dict[str, str], template: str | None) -> None:
     """Raises StillgraphError for the first text or chat of which a bundle's files make another thing than
     transformers' tokenizer."""

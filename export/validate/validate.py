@@ -34,7 +34,8 @@ from stillgraph.exporter.validate.cases import (
 from stillgraph.exporter.validate.dynamic_replay import dynamic_replay
 from stillgraph.exporter.validate.fake_quantize import dequantize
 from stillgraph.exporter.validate.gates import Gate, gate, why
-from stillgraph.exporter.validate.image import with_picture
+from stillgraph.exporter.validate.golden import make_golden
+from stillgraph.exporter.validate.image import with_picture, without_pictures
 from stillgraph.exporter.validate.kinds import Peak
 from stillgraph.exporter.validate.measure_kinds import Measured, count_tokenizer, measure
 from stillgraph.exporter.validate.page import write_page
@@ -42,7 +43,8 @@ from stillgraph.exporter.validate.quality import EXTENTS
 from stillgraph.exporter.validate.reference import Reference, exact_reference, reference
 from stillgraph.exporter.validate.replay import Replay
 from stillgraph.exporter.validate.report import Agreement, CaseResult, Parity, TextKind, agree
-from stillgraph.files import check_files
+from stillgraph.files import check_files, describe
+from stillgraph.golden import GOLDEN, Golden
 from stillgraph.manifest import MANIFEST, Manifest, read
 
 STAGE = "validate"
@@ -76,7 +78,7 @@ def validate(
     for part in proof.parts():
         proof.replay(part, plans)
     parity = proof.report(depth, measured)
-    _write_reports(bundle, manifest, parity)
+    _write_reports(bundle, manifest, parity, proof.golden)
     return parity
 
 
@@ -92,6 +94,7 @@ class Proof:
         self.cases: list[CaseResult] = []
         self.agreements: list[Agreement] = []
         self.peaks: tuple[Peak, ...] = ()
+        self.golden: Golden | None = None
 
     def parts(self) -> list[Manifest]:
         """The bundle's graphs of the same weights; a prefill of int8 activations has its own."""
@@ -133,7 +136,15 @@ class Proof:
         if part.precision == "fp16":
             self.say("measuring what fp16 must hold")
             self.peaks = self.measured_peaks(model)
+        if self.golden is None and not _int8_activations(part):
+            self.say("PyTorch's own text after the prompts of golden.json")
+            self.golden = self.make_golden(model)
         return found
+
+    def make_golden(self, model: nn.Module) -> Golden | None:
+        kind: TextKind = "text" if (self.bundle / "tokenizer.json").is_file() else "random"
+        text = without_pictures(self.ids(kind)[0], self.manifest.model.vision)
+        return make_golden(self.bundle, self.manifest, self.checkpoint, model, text)
 
     def measured_peaks(self, model: nn.Module) -> tuple[Peak, ...]:
         """The largest magnitudes in products of fp16, over random ids and the texts; the largest first."""
@@ -186,9 +197,22 @@ def _checkpoint(bundle: Path, manifest: Manifest, model: str | None) -> Checkpoi
     return checkpoint
 
 
-def _write_reports(bundle: Path, manifest: Manifest, parity: Parity) -> None:
+def _write_reports(bundle: Path, manifest: Manifest, parity: Parity, golden: Golden | None) -> None:
     (bundle / "reports").mkdir(exist_ok=True)
     staged_file(bundle / "reports" / "parity.json", parity.model_dump_json(indent=1) + "\n")
     staged_file(bundle / "reports" / "parity.html", write_page(manifest, parity))
     validated = manifest.model_copy(update={"validation": parity.validation()})
+    if golden is not None:
+        validated = _with_golden(bundle, validated, golden)
     staged_file(bundle / MANIFEST, validated.to_json())
+
+
+def _with_golden(bundle: Path, manifest: Manifest, golden: Golden) -> Manifest:
+    """Write golden.json, and list it in the manifest that is returned."""
+    path, content = bundle / GOLDEN, golden.to_json()
+    files = tuple(file for file in manifest.files if file.path != GOLDEN)
+    if files != manifest.files and path.read_text(encoding="utf-8") != content:
+        # A crash between two files must not leave one that the other does not fit.
+        staged_file(bundle / MANIFEST, manifest.model_copy(update={"files": files}).to_json())
+    staged_file(path, content)
+    return manifest.model_copy(update={"files": (*files, describe(bundle, path))})
