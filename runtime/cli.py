@@ -1,4 +1,4 @@
-"""The `stillgraph` command: `run` and `chat`, and what other packages add to it.
+"""The `stillgraph` command: `run`, `chat` and `unpack`, and what other packages add to it.
 
 A package adds a command by an entry point of the group `stillgraph.commands`: its name is the command's, its
 object a `typer.Typer` (a group of commands) or a function (one command). Only the one asked for is imported.
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from stillgraph.commands import chat, run
+from stillgraph.commands import chat, run, unpack
 from stillgraph.errors import StillgraphError
 from stillgraph.exit_codes import command_of, guard
 
@@ -41,6 +41,7 @@ def build(args: Sequence[str]) -> typer.Typer:
     app.callback()(_options)
     app.command()(run)
     app.command()(chat)
+    app.command()(unpack)
     named = command_of(args)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name == named:

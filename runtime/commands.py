@@ -1,4 +1,4 @@
-"""`stillgraph run` and `stillgraph chat`.
+"""`stillgraph run`, `stillgraph chat` and `stillgraph unpack`.
 
 ONNX Runtime is imported inside them, so that help and wrong use are told at once.
 """
@@ -140,6 +140,22 @@ def chat(
             conversation.show(Path(line.removeprefix(SHOW).strip()))
         elif line:
             _turn(conversation, line, options, quiet)
+
+
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="Made by 'stillgraph ship'.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder.", show_default="the archive's name without .tar")
+    ] = None,
+) -> None:
+    """Unpack an archive, once every file in it has the hash that it is listed with."""
+    from stillgraph.archive import unpack as extract
+
+    if out is None and archive.suffix != ".tar":
+        raise StillgraphError("unpack", f"{archive} is not named *.tar", "name the new folder with --out")
+    place = out or Path(archive.stem)
+    contents = extract(archive, place)
+    print(f"{place}: {len(contents.files)} files for {contents.runtime}, as they were shipped")
 
 
 def _turn(conversation: Conversation, line: str, options: dict[str, Any], quiet: bool) -> None:
