@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from stillgraph.manifest import Precision, Target
 
+# How a portable decode writes one token: as traced, or as `ship` rewrites it for a runtime.
+CacheWrite = Literal["ScatterElements", "Where"]
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own ops
 
 

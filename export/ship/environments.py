@@ -1,0 +1,78 @@
+"""Environments of other runtimes' packages, so that none comes into the user's own.
+
+    python -m stillgraph.exporter.ship.environments openvino mnn iree qnn
+
+makes them, under STILLGRAPH_ENVIRONMENTS or the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from importlib.util import find_spec
+from pathlib import Path
+
+# name: (the module that tells whether it is there, packages)
+PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ort": ("onnxruntime", ("numpy", "onnxruntime")),
+    "openvino": ("openvino", ("numpy", "openvino")),
+    "mnn": ("MNN", ("numpy", "MNN")),
+    "iree": ("iree.runtime", ("numpy", "onnx", "iree-base-compiler", "iree-base-runtime")),
+    "qnn": ("onnxruntime_qnn", ("numpy", "onnxruntime-qnn")),
+}
+
+
+def place() -> Path:
+    """The folder of all environments."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("STILLGRAPH_ENVIRONMENTS") or cache / "stillgraph" / "environments")
+
+
+def python(name: str) -> str | None:
+    """An interpreter that has the runtime's packages: its own environment's, or this one; None without."""
+    own = place() / name / "bin" / "python"
+    if own.is_file():
+        return str(own)
+    module = PACKAGES[name][0]
+    return sys.executable if name in ("ort", "openvino") and find_spec(module) else None
+
+
+def missing(name: str) -> str:
+    """Why its driver cannot run, in a few words with the remedy."""
+    return f"{PACKAGES[name][0]} is not installed: python -m {__spec__.name} {name}"
+
+
+def offline(command: list[str]) -> list[str]:
+    """A command without network, where the system lets a user have that."""
+    alone = ["unshare", "--user", "--map-root-user", "--net"]
+    able = shutil.which("unshare") and not subprocess.run([*alone, "true"], capture_output=True).returncode
+    return [*alone, *command] if able else command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runtimes", nargs="+", choices=sorted(PACKAGES))
+    for name in parser.parse_args().runtimes:
+        folder = place() / name
+        if (folder / "bin" / "python").is_file():
+            continue
+        try:
+            venv.create(folder, with_pip=True, symlinks=True)
+            pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, *PACKAGES[name][1]], check=True)
+        except subprocess.CalledProcessError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+        print(f"{name}: ready in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""OpenVINO, in Python. The driver makes the cache a state of each graph, from the manifest's aliases."""
+
+from __future__ import annotations
+
+from stillgraph.exporter.ship.python_runtime import PythonRuntime
+
+RUNTIME = PythonRuntime("openvino", "OpenVINO")

@@ -1,0 +1,21 @@
+"""A runtime that is driven from Python: `drivers/python` and a backend of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stillgraph.exporter.ship.environments import missing, python
+from stillgraph.exporter.ship.runtimes import Runtime
+
+
+class PythonRuntime(Runtime):
+    """`generate.py` over the runtime's `backend.py`."""
+
+    def __init__(self, name: str, title: str) -> None:
+        self.name, self.title = name, title
+        self.sources = ("python", name)
+
+    def command(self, folder: Path) -> Sequence[str] | str:
+        interpreter = python(self.name)
+        return [interpreter, "generate.py"] if interpreter else missing(self.name)

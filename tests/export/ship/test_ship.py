@@ -1,0 +1,117 @@
+"""A shipped bundle answers golden.json through its own driver, and a wrong one is not shipped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import stillgraph
+from stillgraph.archive import unpack
+from stillgraph.errors import CheckFailed
+from stillgraph.exporter.ir.simplify import same_outputs
+from stillgraph.exporter.ship.cache_write import rewrite_cache_write
+from stillgraph.exporter.ship.environments import missing, python
+from stillgraph.exporter.ship.runtimes import runtimes
+from stillgraph.exporter.ship.ship import ship
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.files import check_files
+from stillgraph.golden import GOLDEN
+from stillgraph.manifest import read
+
+Bundle = Callable[..., Path]
+
+
+def silent(_: str) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def proven(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    own = Path(shutil.copytree(tiny_bundle(), tmp_path_factory.mktemp("ship") / "tiny"))
+    validate(own, depth="quick", say=silent)
+    return own
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tiny_bundle(shapes=[("prefill", 16, 40), ("decode", 1, 40)], family="gemma3_vision")
+    own = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("ship") / "seeing"))
+    validate(own, depth="quick", say=silent)
+    return own
+
+
+def shipped(bundle: Path, name: str, place: Path) -> Any:
+    if python(name) is None:
+        pytest.skip(missing(name))
+    return ship(bundle, runtimes()[name], place, silent)
+
+
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+def test_every_case_is_equal(name: str, proven: Path, tmp_path: Path) -> None:
+    found = shipped(proven, name, tmp_path / "one")
+    checked = found.checked
+    assert (checked.cases, checked.equal, checked.problems, checked.reason) == (5, 5, (), None)
+    assert 0 < checked.worst < 1e-5
+    assert checked.versions
+    check_files(found.folder, read(found.folder), hashes=True)
+    unpack(found.archive, tmp_path / "unpacked")
+    assert not [*(tmp_path / "unpacked").rglob("*.pyc")]
+    with stillgraph.load(tmp_path / "unpacked") as engine:
+        assert list(engine.stream([2], max_new_tokens=1))
+    again = shipped(proven, name, tmp_path / "two")
+    assert found.archive.read_bytes() == again.archive.read_bytes()
+
+
+def test_a_picture_is_seen(seeing: Path, tmp_path: Path) -> None:
+    checked = shipped(seeing, "ort", tmp_path / "one").checked
+    assert checked.equal == checked.cases
+    assert checked.problems == ()
+    assert "picture" in (tmp_path / "one" / GOLDEN).read_text()
+
+
+def test_a_wrong_text_is_not_shipped(proven: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(proven, tmp_path / "own"))
+    manifest = read(own)
+    weights = np.memmap(own / manifest.weights.file.path, np.float32, "r+")
+    weights[:: len(weights) // 200] *= -3
+    weights.flush()
+    with pytest.raises(CheckFailed, match=r"differs from golden.json: one_token: "):
+        ship(own, runtimes()["ort"], tmp_path / "out", silent)
+    assert {path.name for path in tmp_path.iterdir()} == {"own"}
+
+
+def test_a_where_writes_what_a_scatter_writes(proven: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(proven, tmp_path / "own"))
+    manifest = read(own)
+    changed = rewrite_cache_write(own, manifest, "Where")
+    before, after = manifest.graph("decode"), changed.graph("decode")
+    assert before is not None
+    assert after is not None
+    ops = [
+        {node.op_type for node in onnx.load(place / before.file.path, load_external_data=False).graph.node}
+        for place in (proven, own)
+    ]
+    assert "ScatterElements" in ops[0]
+    assert "ScatterElements" not in ops[1]
+    assert "Where" in ops[1]
+    assert same_outputs(proven / before.file.path, own / after.file.path, before.aliases) == 0
+    check_files(own, changed, hashes=True)
+
+
+def test_what_cannot_be_shipped_is_told(
+    proven: Path, tiny_bundle: Bundle, tmp_path: Path, refused: Callable[..., Any]
+) -> None:
+    with refused("ship", "has no golden.json"):
+        ship(tiny_bundle(), runtimes()["ort"], tmp_path / "out", silent)
+    fused = Path(shutil.copytree(proven, tmp_path / "fused"))
+    manifest = read(fused).model_copy(update={"target": "onnxruntime"})
+    (fused / "manifest.json").write_text(manifest.to_json())
+    with refused("ship", "cannot be shipped for OpenVINO", "onnxruntime"):
+        ship(fused, runtimes()["openvino"], tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
