@@ -23,7 +23,7 @@ from stillgraph.exporter.config import (
 )
 from stillgraph.exporter.staging import check_place
 from stillgraph.exporter.texts.passages import read_texts
-from stillgraph.manifest import Manifest, Precision, Target
+from stillgraph.manifest import Manifest, Precision, Target, read
 
 if TYPE_CHECKING:
     from stillgraph.exporter.validate.report import Parity
@@ -106,10 +106,10 @@ def make(
     from stillgraph.exporter.validate.validate import validate as prove
 
     manifest = build(config, shapes, replace=True, say=say, vision=None)
-    parity = (
-        prove(config.place, model=config.model, depth="quick", texts=texts, say=say) if validated else None
-    )
-    return manifest, parity
+    if not validated:
+        return manifest, None
+    parity = prove(config.place, model=config.model, depth="quick", texts=texts, say=say)
+    return read(config.place), parity  # which lists golden.json now
 
 
 def check_paths(config: ExportConfig) -> None:

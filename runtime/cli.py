@@ -1,4 +1,4 @@
-"""The `stillgraph` command: `run`, `chat` and `unpack`, and what other packages add to it.
+"""The `stillgraph` command: `run`, `chat`, `serve` and `unpack`, and what other packages add to it.
 
 A package adds a command by an entry point of the group `stillgraph.commands`: its name is the command's, its
 object a `typer.Typer` (a group of commands) or a function (one command). Only the one asked for is imported.
@@ -16,6 +16,7 @@ import typer
 from stillgraph.commands import chat, run, unpack
 from stillgraph.errors import StillgraphError
 from stillgraph.exit_codes import command_of, guard
+from stillgraph.serve.command import serve
 
 GROUP = "stillgraph.commands"
 HELP = (
@@ -42,6 +43,7 @@ def build(args: Sequence[str]) -> typer.Typer:
     app.command()(run)
     app.command()(chat)
     app.command()(unpack)
+    app.command()(serve)
     named = command_of(args)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name == named:

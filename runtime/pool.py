@@ -20,7 +20,15 @@ STAGE = "generate"
 Item: TypeAlias = "Step | Exception | None"  # None is the end
 
 
-@dataclass
+class Full(StillgraphError):
+    """As many requests wait as may."""
+
+
+class Closed(StillgraphError):
+    """The pool is closed."""
+
+
+@dataclass(eq=False)
 class Request:
     """A request that waits or is computed; `put` takes its steps to whoever reads them, from any thread."""
 
@@ -36,7 +44,8 @@ class Pool:
     A request waits until an engine is free, in the order of the first reads, and is then computed in a thread
     of the pool, however slowly it is read. Engines of one bundle map one weights file: of weights that are
     not packed at loading, or were by 'stillgraph compile', another engine costs only a cache and buffers.
-    limit: how many may wait; one more is refused, and so is all use after `close`, with StillgraphError.
+    limit: how many may wait; one more is refused with `Full`, and all use after `close` with `Closed`, which
+    are StillgraphErrors. Those that were closed while they waited do not count.
     """
 
     def __init__(self, engines: Sequence[Engine], limit: int | None = None) -> None:
@@ -44,6 +53,7 @@ class Pool:
             raise StillgraphError(STAGE, "a pool was given no engine", "load one")
         self._engines, self._limit, self._closed = tuple(engines), limit, False
         self._requests = SimpleQueue[Request | None]()
+        self._waiting: set[Request] = set()
         self._computed: dict[Engine, Request] = {}
         self._lock = threading.Lock()  # while it is asked, or closed
         self._threads = [threading.Thread(target=self._work, args=(one,), daemon=True) for one in engines]
@@ -74,6 +84,11 @@ class Pool:
         finally:
             request.canceled.set()
 
+    @property
+    def closed(self) -> bool:
+        """Whether all use is refused."""
+        return self._closed
+
     def close(self) -> None:
         """End the requests that run after their step, refuse those that wait, and close the engines."""
         with self._lock:
@@ -102,19 +117,18 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise closed()
-            waiting = self._requests.qsize()
-            if (
-                self._limit is not None
-                and waiting >= self._limit
-                and len(self._computed) == len(self._engines)
-            ):
-                raise StillgraphError(STAGE, f"{waiting} requests wait already", "ask again later")
+            asked = len(self._computed) + sum(not other.canceled.is_set() for other in self._waiting)
+            if self._limit is not None and asked >= self._limit + len(self._engines):
+                raise Full(STAGE, f"{self._limit} requests wait already", "ask again later")
+            self._waiting.add(request)
             self._requests.put(request)
         return request
 
     def _work(self, engine: Engine) -> None:
         while (request := self._requests.get()) is not None:
-            self._computed[engine] = request
+            with self._lock:
+                self._waiting.remove(request)
+                self._computed[engine] = request
             try:
                 self._compute(engine, request)
             finally:
@@ -138,8 +152,8 @@ class Pool:
             request.put(end)
 
 
-def closed() -> StillgraphError:
-    return StillgraphError(STAGE, "the pool is closed", "make another")
+def closed() -> Closed:
+    return Closed(STAGE, "the pool is closed", "make another")
 
 
 def _step(item: Item) -> Step | None:

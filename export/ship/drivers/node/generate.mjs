@@ -1,0 +1,66 @@
+// node generate.mjs --bundle FOLDER --prompt "Once upon a time"     a bundle's text, by onnxruntime-node.
+// Beside it lie the modules of runtime/serve/page, and what `npm ci --ignore-scripts` makes of package.json.
+// Results go to stdout; exit codes are 0 done, 2 wrong use or bad input.
+
+import { existsSync, readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+
+import * as jinja from "@huggingface/jinja";
+import * as tokenizers from "@huggingface/tokenizers";
+import ort from "onnxruntime-node";
+
+import { load } from "./stillgraph.js";
+
+const OPTIONS = {
+  bundle: { type: "string", default: join(dirname(fileURLToPath(import.meta.url)), "bundle") },
+  prompt: { type: "string" }, chat: { type: "boolean" }, "token-ids": { type: "string" },
+  "max-new-tokens": { type: "string", default: "128" }, temperature: { type: "string", default: "0" },
+  "top-k": { type: "string" }, "top-p": { type: "string" }, "min-p": { type: "string" },
+  "repetition-penalty": { type: "string" }, seed: { type: "string" }, stop: { type: "string", multiple: true },
+  json: { type: "boolean" }, threads: { type: "string" },
+};
+const number = (value) => (value === undefined ? undefined : Number(value));
+
+async function main() {
+  const { values: given } = parseArgs({ options: OPTIONS });
+  const path = (name) => join(given.bundle, name), began = performance.now();
+  const session = { executionProviders: ["cpu"], intraOpNumThreads: number(given.threads) ?? 0 };
+  const engine = await load({
+    ort, tokenizers, jinja, inPlace: true,
+    read: async (name) => (existsSync(path(name)) ? readFileSync(path(name), "utf8") : null),
+    open: async (entry) => [path(entry.file.path), session],
+  });
+  const loadMs = performance.now() - began;
+  const ids = given["token-ids"]?.split(",").map(Number);
+  if ((ids === undefined) === (given.prompt === undefined)) throw new Error("Give one of --prompt and --token-ids.");
+  await write(engine, ids ?? (given.chat ? [{ role: "user", content: given.prompt }] : given.prompt), given, loadMs);
+}
+
+async function write(engine, prompt, given, loadMs) {
+  const options = {
+    maxNewTokens: number(given["max-new-tokens"]), temperature: number(given.temperature), topK: number(given["top-k"]),
+    topP: number(given["top-p"]), minP: number(given["min-p"]), seed: number(given.seed), stop: given.stop,
+    repetitionPenalty: number(given["repetition-penalty"]),
+  };
+  const steps = [];
+  for await (const { token, text, finishReason, elapsed } of engine.stream(prompt, options)) {
+    steps.push({ token, text, finishReason, elapsed });
+    if (!given.json) process.stdout.write(text);
+  }
+  const first = steps[0].elapsed, last = steps.at(-1);
+  if (!given.json) return process.stdout.write("\n");
+  const report = {
+    prompt_tokens: engine.ids(prompt).length, tokens: steps.map((step) => step.token),
+    text: steps.map((step) => step.text).join(""), finish_reason: last.finishReason, load_ms: loadMs, ttft_ms: first,
+    tpot_ms: steps.length > 1 ? (last.elapsed - first) / (steps.length - 1) : null,
+    peak_rss_mb: process.resourceUsage().maxRSS / 1024, peak_pss_mb: null,
+  };
+  console.log(JSON.stringify(report));
+}
+
+main().catch((error) => {
+  console.error(`error: ${error.message}`);
+  process.exitCode = 2;
+});

@@ -1,0 +1,1 @@
+"""A bundle over HTTP: an API as OpenAI's (README.md)."""
