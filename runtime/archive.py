@@ -13,6 +13,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
@@ -163,11 +164,7 @@ def _contents(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo | Non
         first = error.errors()[0]
         _refuse(archive, f"has a wrong {CONTENTS}: {first['msg']}")
     names = [file.path.casefold() for file in contents.files]  # as some file systems compare them
-    if (
-        twice := next((name for name in names if names.count(name) > 1), None)
-        if len({*names}) < len(names)
-        else None
-    ):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         _refuse(archive, f"lists {twice} twice")
     if colon := next((name for name in names if ":" in name), None):
         _refuse(archive, f"lists {colon!r}, which may leave the folder")

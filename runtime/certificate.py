@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, ValidationError
 
-from stillgraph.errors import StillgraphError
+from stillgraph.errors import StillgraphError, wrong_field
 from stillgraph.files import sha256
 from stillgraph.manifest import MANIFEST, File, Sha256
 from stillgraph.spec import Frozen
@@ -148,8 +148,7 @@ def read(place: Place) -> tuple[Certificate, str]:
     try:
         return Certificate.model_validate_json(json.dumps(raw)), found
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        problem = f"{path}: {wrong_field(error, '')}"
         raise StillgraphError(STAGE, problem, "copy it again, or make another one") from error
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PositiveInt, ValidationError
 
 from stillgraph.cpu import cpu_name
+from stillgraph.errors import wrong_field
 from stillgraph.files import damage, sha256
 from stillgraph.manifest import File, GraphEntry, Manifest
 from stillgraph.spec import Frozen
@@ -192,8 +193,7 @@ def _damage(bundle: Path, folder: Path, compiled: Compiled, hashes: bool) -> str
 
 def _brief(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+        return wrong_field(error, "all of it")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 LONGEST = 1000  # characters of a problem: a value in it may be of any length
 
 
@@ -9,6 +11,13 @@ def first_line(error: Exception) -> str:
     """The first 300 characters of what another library says is wrong, or the error's class."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def wrong_field(error: Any, whole: str) -> str:
+    """The first field that pydantic's ValidationError tells of, and what is wrong there; whole: the name of
+    all of it, where it is no field."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
 
 
 class StillgraphError(Exception):

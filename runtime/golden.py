@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from stillgraph.errors import StillgraphError, first_line
+from stillgraph.errors import StillgraphError, first_line, wrong_field
 from stillgraph.manifest import Precision, Target
 from stillgraph.row import FinishReason
 from stillgraph.session import Array
@@ -127,9 +127,7 @@ def read(bundle: Path) -> Golden:
     try:
         return Golden.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "golden"
-        raise StillgraphError(STAGE, f"{path}: {where}: {first['msg']}", AGAIN) from error
+        raise StillgraphError(STAGE, f"{path}: {wrong_field(error, 'golden')}", AGAIN) from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from stillgraph.calling import Calling
-from stillgraph.errors import StillgraphError, first_line
+from stillgraph.errors import StillgraphError, first_line, wrong_field
 from stillgraph.ports import Port, PortRole, input_ports, of_role, output_ports
 from stillgraph.remake import remaking_command
 from stillgraph.spec import Frozen, GraphShape, ModelSpec
@@ -262,9 +262,7 @@ def read(bundle: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        problem = f"{path}: {where}: {first['msg']}"
+        problem = f"{path}: {wrong_field(error, 'manifest')}"
         raise StillgraphError("load bundle", problem, "export the bundle again") from error
 
 

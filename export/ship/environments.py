@@ -1,6 +1,6 @@
 """Environments of other runtimes' packages, so that none comes into the user's own.
 
-    python -m stillgraph.exporter.ship.environments openvino mnn iree qnn
+    python -m stillgraph.exporter.ship.environments openvino
 
 makes them, under STILLGRAPH_ENVIRONMENTS or the user's cache folder.
 """
@@ -20,9 +20,6 @@ from pathlib import Path
 PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ort": ("onnxruntime", ("numpy", "onnxruntime")),
     "openvino": ("openvino", ("numpy", "openvino")),
-    "mnn": ("MNN", ("numpy", "MNN")),
-    "iree": ("iree.runtime", ("numpy", "onnx", "iree-base-compiler", "iree-base-runtime")),
-    "qnn": ("onnxruntime_qnn", ("numpy", "onnxruntime-qnn")),
 }
 
 
@@ -38,19 +35,12 @@ def python(name: str) -> str | None:
     if own.is_file():
         return str(own)
     module = PACKAGES[name][0]
-    return sys.executable if name in ("ort", "openvino") and find_spec(module) else None
+    return sys.executable if find_spec(module) else None
 
 
 def missing(name: str) -> str:
     """Why its driver cannot run, in a few words with the remedy."""
     return f"{PACKAGES[name][0]} is not installed: python -m {__spec__.name} {name}"
-
-
-def offline(command: list[str]) -> list[str]:
-    """A command without network, where the system lets a user have that."""
-    alone = ["unshare", "--user", "--map-root-user", "--net"]
-    able = shutil.which("unshare") and not subprocess.run([*alone, "true"], capture_output=True).returncode
-    return [*alone, *command] if able else command
 
 
 def main() -> int:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from stillgraph.exporter.ship.environments import missing, python
 from stillgraph.exporter.ship.runtimes import Runtime
+from stillgraph.manifest import Target
 
 
 class PythonRuntime(Runtime):
     """`generate.py` over the runtime's `backend.py`."""
 
-    def __init__(self, name: str, title: str) -> None:
-        self.name, self.title = name, title
+    def __init__(self, name: str, title: str, targets: tuple[Target, ...] = ("portable",)) -> None:
+        self.name, self.title, self.targets = name, title, targets
         self.sources = ("python", name)
 
     def command(self, folder: Path) -> Sequence[str] | str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.targets import CacheWrite
-from stillgraph.manifest import Manifest
+from stillgraph.manifest import Manifest, Target
 
 DRIVERS = Path(__file__).with_name("drivers")
 
@@ -20,21 +20,21 @@ class Runtime(ABC):
     """One runtime. What a shipped folder has of it: the bundle's own files, `fill`'s, and its README.md.
 
     name: what --for takes; title: as its makers write it; sources: files and folders of `drivers/` that are
-    copied into the shipped folder, whose lines are counted as the driver's; cache_write: how a decode is to
-    write one token into its cache; language: of the driver.
+    copied into the shipped folder; cache_write: how a decode is to write one token into its cache; targets:
+    whose ops it has.
     """
 
     name: str
     title: str
-    language: str = "Python"
     sources: tuple[str, ...] = ()
     cache_write: CacheWrite = "ScatterElements"
+    targets: tuple[Target, ...] = ("portable",)
 
     def refuses(self, manifest: Manifest) -> str | None:
         """Why a bundle cannot be shipped for it, such as `it has no decode graph`; None where it can."""
         if manifest.graph("prefill") is None or manifest.graph("decode") is None:
             return "it has no prefill or no decode graph"
-        if manifest.target != "portable":
+        if manifest.target not in self.targets:
             return f"its target is {manifest.target}, whose ops are ONNX Runtime's alone"
         if manifest.calling.prompt is None or not manifest.calling.prompt.continues:
             return "its prefill does not continue a cache"
@@ -58,12 +58,6 @@ class Runtime(ABC):
         found = (sorted(place.rglob("*")) if place.is_dir() else [place] for place in places)
         return [path for paths in found for path in paths if path.is_file() and path.suffix != ".pyc"]
 
-    @property
-    def driver_lines(self) -> int:
-        """Lines of the driver that are not empty."""
-        lines = (line for path in self.driver_files() for line in path.read_text().splitlines())
-        return sum(bool(line.strip()) for line in lines)
-
     @abstractmethod
     def command(self, folder: Path) -> Sequence[str] | str:
         """What runs the driver of a shipped folder in a process of its own, or why it cannot run here.
@@ -77,6 +71,5 @@ def runtimes() -> dict[str, Runtime]:
     """All runtimes by name."""
     package = importlib.import_module(__package__ or "")
     modules = (f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__))
-    found = (getattr(importlib.import_module(name), "RUNTIME", ()) for name in modules)
-    listed = [one for each in found for one in (each if isinstance(each, tuple) else (each,))]
-    return {runtime.name: runtime for runtime in listed}
+    found = (getattr(importlib.import_module(name), "RUNTIME", None) for name in modules)
+    return {runtime.name: runtime for runtime in found if runtime is not None}

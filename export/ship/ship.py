@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +49,7 @@ def ship(bundle: Path, runtime: Runtime, out: Path | None, say: Say) -> Shipped:
         raise StillgraphError(
             STAGE, f"{bundle} cannot be shipped for {runtime.title}: {reason}", "export another"
         )
-    suffix = runtime.name.replace("+", "p")
-    place = out or bundle.resolve().with_name(f"{bundle.resolve().name}-{suffix}")
+    place = out or bundle.resolve().with_name(f"{bundle.resolve().name}-{runtime.name}")
     with staged(place) as folder:
         say(f"writing the files for {runtime.title}")
         shipped = _fill(bundle, folder, runtime, manifest, say)
@@ -90,5 +88,4 @@ def _fill(bundle: Path, folder: Path, runtime: Runtime, manifest: Manifest, say:
         use=use,
     )
     written.write_text(said, encoding="utf-8")
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     return carried

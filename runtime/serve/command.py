@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import sys
 from pathlib import Path
@@ -104,6 +103,8 @@ def _application(
 
 def _server_class() -> Any:
     """uvicorn's server, which ends the pool's requests before it waits for its connections to end."""
+    import asyncio  # here, since every command imports this module
+
     try:
         import starlette  # noqa: F401
         import uvicorn

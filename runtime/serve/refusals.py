@@ -25,10 +25,8 @@ class Refused(Exception):
 def told(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status of an error, and its object."""
     status, code = _status(error)
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
     sentence = str(error)
-    if status == 429:
-        kind = "rate_limit_error"
     if status == 500 and not isinstance(error, StillgraphError):
         sentence = f"unexpected {type(error).__name__} ({sentence[:300]}); the server's log says where."
     return status, {"error": {"message": sentence, "type": kind, "param": None, "code": code}}

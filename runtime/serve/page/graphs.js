@@ -4,14 +4,13 @@ const CACHE = new Set(["key", "value"]);
 const ARRAYS = { int64: BigInt64Array, float32: Float32Array, float16: Uint16Array };
 const size = (port) => port.shape.reduce((product, length) => product * length, 1);
 const slot = (port) => `${port.layer} ${port.role}`;
-const BYTES = { int64: 8, float32: 4, float16: 2 };
 
 export class Graphs {
   // ort: onnxruntime-web or -node; open(entry): the arguments of its InferenceSession.create; oneAtATime: hold
   // one graph in memory; inPlace: whether this ort writes to the outputs that it is given.
   constructor(ort, manifest, open, { oneAtATime = false, inPlace = false } = {}) {
     Object.assign(this, { ort, manifest, open, oneAtATime, inPlace, sessions: new Map(), cached: [], cache: new Map() });
-    const { prefill, decode } = (this.entries = entriesOf(manifest));
+    const { decode } = (this.entries = entriesOf(manifest));
     this.ctx = decode.shape.ctx;
     this.stays = manifest.calling.prompt.continues && decode.shape.slack === null;
   }
@@ -145,12 +144,4 @@ function common(cached, ids) {
   let count = 0;
   while (count < Math.min(cached.length, ids.length - 1) && cached[count] === ids[count]) count++;
   return count;
-}
-
-// Bytes of memory that a bundle takes: its weights once for each graph that is held, as ONNX Runtime's builds for
-// JavaScript do not share them, and keys and values as inputs and as outputs, here and in the runtime.
-export function bytesNeeded(manifest, oneAtATime) {
-  const cache = entriesOf(manifest).decode.inputs.filter((port) => CACHE.has(port.role));
-  const kept = cache.reduce((total, port) => total + size(port) * BYTES[port.dtype], 0);
-  return manifest.weights.file.nbytes * (oneAtATime ? 1 : 2) + 4 * kept;
 }

@@ -7,7 +7,6 @@ import { Graphs } from "./graphs.js";
 import { sampler } from "./sampling.js";
 import { Stops, Stream, Text } from "./text.js";
 
-export { bytesNeeded } from "./graphs.js";
 export const FORMAT_VERSION = 5;
 
 // read(path): a file of the bundle as text, or null where there is none; open(entry, manifest): the arguments of

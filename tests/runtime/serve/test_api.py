@@ -20,18 +20,6 @@ IDS = {"return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_bundle):
-    """What the answers are compared with: it is not the one that is served."""
-    return load(tiny_bundle(), threads=1)
-
-
-@pytest.fixture(scope="module")
-def served(tiny_bundle):
-    with serving(load(tiny_bundle(), threads=1)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def client(served):
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
         yield made

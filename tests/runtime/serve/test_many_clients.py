@@ -25,18 +25,6 @@ IDS = {"return_token_ids": True}
 BASE: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 2}
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_bundle):
-    """What the answers are compared with: it is not the one that is served."""
-    return load(tiny_bundle(), threads=1)
-
-
-@pytest.fixture(scope="module")
-def served(tiny_bundle):
-    with serving(load(tiny_bundle(), threads=1)) as server:
-        yield server
-
-
 def ask_many(served: Served, count: int) -> list[Any]:
     """The token ids of each answer, or what was raised."""
 
