@@ -30,12 +30,15 @@ class Shared:
         self,
         checkpoint: Any,
         shape: Any,
-        target: str,
-        precision: str,
+        target: Any,
+        precision: Any,
         split_mlp: bool = False,
         kept_fp32: Any = (),
     ) -> Any:
         import onnx_ir as ir
+
+        from stillgraph.exporter.targets import TARGETS
+        from stillgraph.exporter.trace.tracing import _patches
 
         def trace() -> Any:
             options = {"split_mlp": split_mlp, "kept_fp32": kept_fp32}
@@ -43,10 +46,15 @@ class Shared:
 
         if self.fresh:
             return trace()
-        model = [str(checkpoint.family.build), checkpoint.config.to_dict(), checkpoint.tied]
-        # A trace for int4 is one for int8: which codes there are is decided after it.
-        of = [*model, shape.model_dump(), target, precision.replace("int4", "int8"), split_mlp]
-        of += [sorted(kept_fp32)]
+        # All that `convert` takes from a target and a precision: codes and layouts are decided after it.
+        patches = _patches(checkpoint, shape, target, precision, split_mlp)
+        of = {
+            "model": [str(checkpoint.family.build), _built(checkpoint.config.to_dict()), checkpoint.tied],
+            "shape": shape.model_dump(),
+            "opset": TARGETS[target].opset,
+            "patches": [patch.name for patch in patches],
+            "kept_fp32": sorted(kept_fp32),
+        }
         key = hashlib.sha256(json.dumps(of, default=str, sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{key}.onnx"
         if not path.is_file():
@@ -54,6 +62,13 @@ class Shared:
             ir.save(trace(), own)
             own.replace(path)
         return ir.load(path)
+
+
+def _built(config: Any) -> Any:
+    """A config without the spread of weights that tests draw."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _built(value) for name, value in config.items() if name != "initializer_range"}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 from pathlib import Path
@@ -127,10 +128,10 @@ def _server_class() -> Any:
 
 
 def _run(server: uvicorn.Server, listening: socket.socket) -> None:
-    try:
+    # uvicorn ends well at Ctrl-C, and then passes it on to whoever handled it before, if anyone did.
+    with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
-    except KeyboardInterrupt:  # the way to end a server, which has ended well
-        print("stopped", file=sys.stderr)
+    print("stopped", file=sys.stderr)
 
 
 def _say(host: str) -> None:
