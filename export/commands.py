@@ -140,7 +140,7 @@ def inspect(bundle: Bundle, check_hashes: CheckHashes = False, as_json: AsJson =
     """Show what is in a bundle: files, ops, memory, valid ranges, the last validation."""
     _checked(bundle, check_hashes)
     from stillgraph.exporter.bundle.inspection import inspect as look
-    from stillgraph.exporter.bundle.inspection import tables
+    from stillgraph.exporter.bundle.inspection_tables import tables
 
     inspection = look(bundle)
     Output(quiet=True, as_json=as_json).result(inspection.model_dump(mode="json"), *tables(inspection))

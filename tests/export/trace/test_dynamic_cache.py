@@ -20,7 +20,8 @@ from stillgraph import load
 from stillgraph.engine import Engine
 from stillgraph.exporter import cli
 from stillgraph.exporter.bundle.build import export
-from stillgraph.exporter.bundle.inspection import inspect, tables
+from stillgraph.exporter.bundle.inspection import inspect
+from stillgraph.exporter.bundle.inspection_tables import tables
 from stillgraph.exporter.bundle.resimplify import resimplify
 from stillgraph.exporter.compile.compile import compile_bundle
 from stillgraph.exporter.config import ExportConfig, dynamic_shape, request
