@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -28,11 +28,12 @@ from stillgraph.exporter.quantize.sensitivity import choose, sensitivity
 from stillgraph.exporter.quantize.text import file_texts
 from stillgraph.manifest import Manifest, Precision, Quantization
 
-ALGORITHM = 1  # another number for other numbers: what an earlier version left is not taken up
+ALGORITHM = 2  # another number for other numbers: what an earlier version left is not taken up
 BITS = 4  # what 8 bits cost a model is next to nothing
 BETTER: Precision = "int8"  # for weights that matter
-TOKENS, A_COLUMN = 8192, 8  # at most, and for each column of the widest weight
-MEASURED = 2048  # tokens that say which weights matter
+TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
+MEASURED = 2048  # tokens that say which weights matter,
+ROUNDED = 4096  # and those that they are rounded for to see it
 SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text is, whatever their number
 
 
@@ -80,8 +81,7 @@ class Calibration:
     def better(self) -> dict[str, Precision]:
         """Weights that get more bits for the budget, and the precision of them.
 
-        All are calibrated at four bits, and what that costs is measured. Those that stay at four bits stay as
-        they are: for inputs that more bits have made, they would hardly be others.
+        All are rounded to four bits, for a part of the texts, and what that costs is measured.
         """
         path = self._rounded.folder / "better.json"
         if not path.is_file():
@@ -91,27 +91,33 @@ class Calibration:
     def round(self, weights: Iterable[Weight]) -> Rounded:
         """The weights of few bits among `weights` that belong to products of the decoder's layers."""
         forms, known = _forms(weights), products(self.checkpoint)
-        self._calibrate({name: form for name, form in forms.items() if name in known})
+        wanted = {name: form for name, form in forms.items() if name in known}
+        self._calibrate(wanted, self.texts, self._rounded, self._say)
         return self._rounded
 
-    def _calibrate(self, forms: Forms) -> None:
-        if any(self._rounded.get(name, form) is None for name, form in forms.items()):
-            calibrate(self.checkpoint, forms, self.texts(), self._rounded, self._say)
+    def _calibrate(self, forms: Forms, texts: Callable[[], Tensor], rounded: Rounded, say: Say) -> None:
+        if any(rounded.get(name, form) is None for name, form in forms.items()):
+            calibrate(self.checkpoint, forms, texts(), rounded, say)
 
     def _better(self) -> list[str]:
         budget = self.quantization.budget
         assert budget is not None
         few, many = (self.plan.form(precision) for precision in (CALIBRATED, BETTER))
         names = [name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED]
-        self._calibrate(dict.fromkeys(names, few))
+        ids, first = self.texts(), Rounded(self._rounded.folder / "measured")
+
+        def part(tokens: int) -> Tensor:
+            return ids[: max(1, tokens // ids.shape[1])]
 
         def stored(name: str) -> Tensor:
-            found = self._rounded.get(name, few)
+            found = first.get(name, few)
             return self.checkpoint.tensor(name).to(torch.float32) if found is None else found.dequantize()
 
-        ids = self.texts()
-        measured = ids[: max(1, MEASURED // ids.shape[1])]
-        units = sensitivity(self.checkpoint, stored, measured, self._say)
+        def say(line: str) -> None:
+            self._say(f"measuring which weights matter: {line}")
+
+        self._calibrate(dict.fromkeys(names, few), lambda: part(ROUNDED), first, say)
+        units = sensitivity(self.checkpoint, stored, part(MEASURED), say)
         free = [unit for unit in units if self.plan.precision_of(unit.names) == CALIBRATED]
         chosen, _ = choose(free, few, many, budget)
         return sorted(name.removesuffix(".weight") for unit in chosen for name in unit.names)

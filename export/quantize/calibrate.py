@@ -1,8 +1,9 @@
 """One pass of a model over a text, layer by layer, that rounds each weight for the inputs it meets.
 
 A layer's weights come into memory with its turn, are rounded one after the other, each for inputs that all
-those before it have made, and leave again. transformers' own code runs; what is done here hangs on its
-modules, so that no family has to be known. Shapes: B texts of S tokens, N rows and K columns of a weight.
+those before it have made, and leave again. The same texts run beside it with no weight rounded, so that each
+weight can make up for what has become of its inputs. transformers' own code runs; what is done here hangs on
+its modules, so that no family has to be known. Shapes: B texts of S tokens, N rows and K columns of a weight.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format
-from stillgraph.exporter.quantize.second_order import quantize_for
+from stillgraph.exporter.quantize.second_order import compensated, quantize_for
 from stillgraph.exporter.quantize.streaming import NOTHING, streamed
 
 Forms = Mapping[str, Format]  # of each tensor of the checkpoint that is to be rounded
@@ -30,7 +33,7 @@ def calibrate(checkpoint: Checkpoint, forms: Forms, ids: Tensor, rounded: Rounde
     """Round the weights of the decoder's layers that `forms` names, and add them to `rounded`.
 
     ids: int64 [B, S]. A layer whose weights are all in `rounded` is only run. Memory is that of the largest
-    layer in fp32, of its inputs and of its largest product's moments.
+    layer in fp32, twice of its inputs and of its largest product's moments.
     """
     model = checkpoint.build("sdpa")
     layers = checkpoint.family.decoder(model).layers
@@ -39,7 +42,8 @@ def calibrate(checkpoint: Checkpoint, forms: Forms, ids: Tensor, rounded: Rounde
         for layer, found in zip(layers, layer_products(checkpoint, model), strict=True):
             wanted = {name: module for name, module in found.items() if name in forms}
             _Layer(wanted, forms, rounded, clock).hook(layer)
-        checkpoint.family.decoder(model)(input_ids=embedded(ids), use_cache=False)
+        # The first half of the rows is never rounded, the second is the same texts with all that is.
+        checkpoint.family.decoder(model)(input_ids=embedded(torch.cat([ids, ids])), use_cache=False)
 
 
 def products(checkpoint: Checkpoint) -> set[str]:
@@ -83,32 +87,38 @@ class _Layer:
     rounded: Rounded
     clock: _Clock
     _input: Tensor = NOTHING
-    _moments: Tensor = NOTHING
+    _moments: tuple[Tensor, Tensor] = NOTHING, NOTHING
 
     def hook(self, layer: nn.Module) -> None:
         layer.register_forward_pre_hook(self._begin)
         for name, module in self.products.items():
-            module.register_forward_pre_hook(lambda module, inputs, name=name: self._round(name, inputs[0]))
+            module.forward = partial(self._product, name, module)  # type: ignore[method-assign]
         layer.register_forward_hook(self._end)
 
     def _begin(self, *_: Any) -> None:
         self.clock.tick()
 
-    def _round(self, name: str, inputs: Tensor) -> None:
-        module, form = self.products[name], self.forms[name]
+    def _product(self, name: str, module: nn.Linear, inputs: Tensor) -> Tensor:
+        """Of inputs [2 B, S, K]: the first half by the weight as it is, the second by the rounded one."""
+        form, weight = self.forms[name], module.weight
         found = self.rounded.get(name, form)
         if found is None:
-            found = quantize_for(module.weight, self._moments_of(inputs), form)
+            moments, crossed = self._moments_of(inputs)
+            found = quantize_for(compensated(weight, moments, crossed), moments, form)
             self.rounded.add(name, found)
-        module.weight.data = found.dequantize()
+        exact, met = inputs.chunk(2)
+        products = (functional.linear(exact, weight), functional.linear(met, found.dequantize()))
+        result = torch.cat(products)
+        return result if module.bias is None else result + module.bias
 
-    def _moments_of(self, inputs: Tensor) -> Tensor:
-        """Of inputs [B, S, K], once for all products that take the same ones."""
+    def _moments_of(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of inputs that rounding has changed, and of what they were with these; once for all products that
+        take the same ones."""
         if inputs is not self._input:
-            flat = inputs.flatten(0, -2)
-            self._input, self._moments = inputs, flat.T @ flat / len(flat)
+            exact, met = (half.flatten(0, -2) for half in inputs.chunk(2))
+            self._input, self._moments = inputs, (met.T @ met / len(met), exact.T @ met / len(met))
         return self._moments
 
     def _end(self, *_: Any) -> None:
-        self._input = self._moments = NOTHING
+        self._input, self._moments = NOTHING, (NOTHING, NOTHING)
         self.rounded.flush()

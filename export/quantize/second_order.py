@@ -17,6 +17,7 @@ DAMPING = 0.01  # of the mean moment, added to each: for directions that few inp
 BATCH = 128  # columns whose effect on those after them is taken together, as one product
 PASSES = 2  # over all scales and codes, after the first rounding: each makes an error less, less each time
 SYSTEMS = 1 << 24  # numbers of the equations for scales that are in memory at once
+SHARE = 0.5  # of the way to the matrix that makes up for changed inputs: all of it fits the text too closely
 LARGEST_CHANGE = 2.0  # of a scale in one pass: of a block that has hardly a code, equations say little
 
 
@@ -41,6 +42,21 @@ def quantize_for(matrix: Tensor, moments: Tensor, form: Format) -> Quantized:
         _fit_scales(columns, weights, damped)
         _improve_codes(columns, weights, damped)
     return columns.quantized(first, order)
+
+
+def compensated(matrix: Tensor, moments: Tensor, crossed: Tensor) -> Tensor:
+    """A matrix [N, K] that makes up for what the rounding of others has done to its inputs.
+
+    For inputs x that have become y, with moments M of y and crossed = mean of x y^T, the products with y are
+    nearest to W x for W crossed M^-1 (GPTAQ, Li et al., arXiv 2504.02692). `SHARE` of the way from W is gone.
+    """
+    mean = moments.diagonal().mean()
+    weights = matrix.to(torch.float32)
+    if not float(mean) > 0:
+        return weights
+    pull = weights @ ((crossed - moments) / mean)
+    factor = torch.linalg.cholesky(_damped(moments).double())
+    return weights + SHARE * torch.cholesky_solve(pull.T.double(), factor).T.to(torch.float32)
 
 
 def _damped(moments: Tensor) -> Tensor:

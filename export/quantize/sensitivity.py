@@ -50,7 +50,7 @@ def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -
             layer.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
             for layer in decoder.layers
         ]
-        say("measuring which weights matter, forward")
+        say("forward")
         last: list[Tensor] = []
         hooks.append(decoder.layers[-1].register_forward_hook(lambda _, inputs, output: last.append(output)))
         decoder(input_ids=embedded(ids), use_cache=False)
@@ -59,7 +59,7 @@ def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -
         gradient = _of_loss(checkpoint, decoder, last[0])
         names = layer_products(checkpoint, model)
         for index in reversed(range(len(names))):
-            say(f"measuring which weights matter, back to layer {index + 1} of {len(names)}")
+            say(f"back to layer {index + 1} of {len(names)}")
             units, gradient = _back(calls.pop(), names[index], gradient, stored)
             found += units
     return found

@@ -10,7 +10,7 @@ import torch
 
 from stillgraph.exporter.quantize import second_order
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
-from stillgraph.exporter.quantize.second_order import quantize_for
+from stillgraph.exporter.quantize.second_order import compensated, quantize_for
 
 FORMS = [
     Format(bits, block, symmetric, positive)
@@ -144,3 +144,25 @@ def test_the_same_twice() -> None:
     first, second = (quantize_for(matrix, moments, Format(4, 32)) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scales, second.scales)
+
+
+def test_a_matrix_makes_up_for_what_became_of_its_inputs() -> None:
+    """On inputs that it was not made for. Each is y = x A and noise, as rounded weights before it make it."""
+    columns, generator = 96, torch.Generator().manual_seed(3)
+    matrix = torch.randn(24, columns, generator=generator)
+    mixed = torch.randn(columns, columns, generator=generator) / columns**0.5
+    changed = torch.eye(columns) + 0.1 * torch.randn(columns, columns, generator=generator) / columns**0.5
+
+    def inputs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(count, columns, generator=generator) @ mixed
+        return x, x @ changed + 0.05 * torch.randn(count, columns, generator=generator)
+
+    (x, y), (unseen, then) = inputs(16 * columns), inputs(4096)
+    found = compensated(matrix, y.T @ y / len(y), x.T @ y / len(y))
+    before, after = (((unseen @ matrix.T) - then @ w.T).square().mean() for w in (matrix, found))
+    assert after < 0.6 * before, float(after / before)  # half of the way takes up to three quarters away
+    same = compensated(matrix, x.T @ x / len(x), x.T @ x / len(x))
+    assert torch.equal(same, matrix)
+    assert torch.equal(
+        compensated(matrix, torch.zeros(columns, columns), torch.zeros(columns, columns)), matrix
+    )
