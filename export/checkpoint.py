@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # its library is there where a GGUF is to be read
     from stillgraph.exporter.gguf_file.unpack import Unpacked
 
 HEAD = "lm_head.weight"
+Stamp = tuple[int, int, int]
 CARRIED = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -48,14 +49,34 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]  # by the name that the model has for it
     tied: str | None = None  # the tensor that is embedding and head in one
     gguf: Unpacked | None = None
+    _finite: set[str] = field(default_factory=set)  # tensors whose numbers have been looked at
+    _stamps: dict[Path, Stamp] = field(default_factory=dict)
 
     @cached_property
     def spec(self) -> ModelSpec:
         return self.family.spec(self.config)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from its file, in the checkpoint's dtype."""
-        return self.tensors[name].read()
+        """One tensor, mapped from its file, in the checkpoint's dtype.
+
+        Raises StillgraphError where a number of it is infinite or NaN.
+        """
+        tensor = self.tensors[name].read()
+        if name not in self._finite:
+            if count := _not_finite(tensor):
+                problem = (
+                    f"{self.id}: {count} of {tensor.numel()} numbers of tensor {name} are infinite or NaN"
+                )
+                raise StillgraphError(STAGE, problem, "export a checkpoint that was saved whole")
+            self._finite.add(name)
+        return tensor
+
+    def check_unchanged(self) -> None:
+        """Raises StillgraphError where a file was written, replaced or removed since it was opened."""
+        for path, stamp in self._stamps.items():
+            if not path.is_file() or _stamps([path])[path] != stamp:
+                problem = f"{path} changed while it was read"
+                raise StillgraphError(STAGE, problem, "export again when nothing writes to it")
 
     def build(self, attention: str) -> torch.nn.Module:
         """The model with memory reserved and untouched in place of weights, so tracing costs no memory."""
@@ -108,10 +129,27 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of config and weights: what makes two exports exports of one checkpoint."""
         total = hashlib.sha256()
-        for path in [self.folder / "config.json", *sorted({tensor.path for tensor in self.tensors.values()})]:
+        for path in _files(self.folder, self.tensors.values()):
             with path.open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         return total.hexdigest()
+
+
+def _files(folder: Path, tensors: Iterable[StoredTensor]) -> list[Path]:
+    return [folder / "config.json", *sorted({tensor.path for tensor in tensors})]
+
+
+def _stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:
+    """What is another for a file that was written to or replaced: inode, bytes, time in ns."""
+    found = {path: path.stat() for path in paths}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
+def _not_finite(tensor: torch.Tensor) -> int:
+    """How many numbers are infinite or NaN. Without a copy where there are none."""
+    if not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 @contextlib.contextmanager
@@ -149,14 +187,13 @@ def open_checkpoint(model: str) -> Checkpoint:
     gguf = _unpacked(path) if (path := gguf_of(model)) else None
     folder = gguf.folder if gguf else folder_of(model)
     check_config(folder)
+    before = _stamps([folder / "config.json"])
     raw = read_json(folder / "config.json", NO_CONFIG)
     architectures = raw.get("architectures") or [None]
     family = families().get(architectures[0])
     if family is None:
-        known = ", ".join(families())
-        raise StillgraphError(
-            STAGE, f"{model}: architecture {architectures[0]!r} is not supported", f"use {known}"
-        )
+        problem = f"{model}: architecture {architectures[0]!r} is not supported"
+        raise StillgraphError(STAGE, problem, f"use {', '.join(families())}")
     with _valid_config(model):
         config = family.config(raw)
         config._attn_implementation = "eager"  # whatever it asks for is no part of the model
@@ -169,7 +206,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     if reason:
         raise StillgraphError(STAGE, f"{model}: {reason} is not supported", "export another checkpoint")
     built = _on_meta(model, family, config)
-    tensors = find_tensors(built, path or folder, gguf.tensors if gguf else stored_tensors(folder))
+    stored = gguf.tensors if gguf else stored_tensors(folder)
+    before |= _stamps({tensor.path for tensor in stored.values()})
+    tensors = find_tensors(built, path or folder, stored)
     tied = next((name for other, name in parameter_names(built).items() if other == HEAD != name), None)
     if tied and HEAD in tensors and not torch.equal(tensors[HEAD].read(), tensors[tied].read()):
         # As transformers has it: a head of its own in the file is the head, whatever the config says.
@@ -179,7 +218,7 @@ def open_checkpoint(model: str) -> Checkpoint:
         built = _on_meta(model, family, config)
     parameters = dict(built.named_parameters())
     tensors = {name: tensor for name, tensor in tensors.items() if name in parameters}
-    return Checkpoint(model, folder, family, config, tensors, tied, gguf)
+    return Checkpoint(model, folder, family, config, tensors, tied, gguf, _stamps=before)
 
 
 def _unpacked(path: Path) -> Unpacked:

@@ -101,6 +101,7 @@ def export(
         _drop_unlisted(folder, graphs)
         _write_simplify_report(folder, traced, graphs, stored, say)
         manifest = _manifest(folder, checkpoint, config, kept_fp32, graphs, stored, called)
+        checkpoint.check_unchanged()
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     forget(config.place)
     return manifest

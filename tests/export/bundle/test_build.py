@@ -234,3 +234,43 @@ def test_a_bundle_ships_one_tokenizer(tiny_checkpoint: Callable[..., Path], tmp_
     assert not three & {file.path for file in manifest.files}
     assert not three & {path.name for path in out.iterdir()}
     assert manifest.calling.tokens.template_adds_bos is None
+
+
+def touch(path: Path) -> None:
+    path.write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("change", [touch, Path.unlink], ids=["written to", "removed"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_checkpoint_that_changes_while_it_is_read(
+    tiny_checkpoint: Callable[..., Path], own: Path, tmp_path: Path, refused: Refused, name: str, change: Any
+) -> None:
+    """The bundle would have weights of one and the hash of the other."""
+    model, before = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "model")), contents(own)
+    kept = (model / name).read_bytes()
+    config = ExportConfig(model=str(model), out=own)
+
+    def say(line: str) -> None:
+        if line.startswith("tracing"):
+            change(model / name)
+            # Weights are still to be read, from a file that has the same numbers.
+            (model / name).write_bytes(kept)
+
+    with refused("read checkpoint", name, "changed"):
+        export(config, [DECODE], True, say)
+    assert contents(own) == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(
+    tiny_checkpoint: Callable[..., Path], own: Path, tmp_path: Path, refused: Refused, bad: float
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, before = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "model")), contents(own)
+    tensors, name = load_file(model / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = bad
+    save_file(tensors, model / "model.safetensors")
+    with refused("read checkpoint", name, "1 of 3840 numbers", "NaN"):
+        make(model, own, DECODE, replace=True)
+    assert contents(own) == before
