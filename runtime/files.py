@@ -6,18 +6,29 @@ import hashlib
 from pathlib import Path
 
 from stillgraph.errors import StillgraphError
+from stillgraph.external_data import unlisted_files
 from stillgraph.manifest import File, Manifest
 from stillgraph.page_cache import read_in
 
 
 def check_files(bundle: Path, manifest: Manifest, hashes: bool = False, sums: bool = False) -> None:
-    """Check that every file is there with its size. Raises StillgraphError.
+    """Check that every file is there with its size, and that graphs read no others. Raises StillgraphError.
 
     sums: and its page sums, which reads it into the page cache; hashes: and its hash.
     """
+    remedy, listed = "copy or export the bundle again", {file.path for file in manifest.all_files()}
     for file in manifest.all_files():
         if problem := damage(bundle, file, hashes, sums):
-            raise StillgraphError("load bundle", problem, "copy or export the bundle again")
+            raise StillgraphError("load bundle", problem, remedy)
+    for graph in manifest.graphs.values():
+        path = bundle / graph.file.path
+        try:
+            others = sorted(unlisted_files(path, listed))
+        except (OSError, ValueError) as error:
+            raise StillgraphError("load bundle", f"{path} is not an ONNX graph ({error})", remedy) from error
+        if others:
+            problem = f"{path} reads {others[0]!r:.200}, which is no file of the bundle's manifest"
+            raise StillgraphError("load bundle", problem, remedy)
 
 
 def damage(bundle: Path, file: File, hashes: bool = False, sums: bool = False) -> str | None:
