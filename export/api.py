@@ -53,7 +53,7 @@ def export(
     The options are those of `stillgraph export bundle`, and the prefill continues a cache of `ctx` slots.
     model: a hub id, a checkpoint folder or a GGUF file; out: the bundle's folder, by default
     artifacts/<model>; max_len: tokens that the prefill takes at once; block_size: 32, 64 or 128, by default
-    64 with int4 and 128 with int8; asymmetric: zero points, by default with int4; keep: PATTERN=PRECISION,
+    64 with int4 and 32 with int8; asymmetric: zero points, by default with int4; keep: PATTERN=PRECISION,
     weights kept otherwise; calibrate: what int4 is rounded for: a file of text, `samples` of the model's own,
     or `none`; budget: bits a weight of int4, by default 5.5 where it is calibrated; validate: compare with
     PyTorch, which takes most memory; text: files that its statistics are made over, by default texts that

@@ -45,7 +45,7 @@ BlockSize = Annotated[
     int | None,
     typer.Option(
         help="Weights that share a scale, of int8 and int4: 32, 64 or 128.",
-        show_default="64 with int4, else 128",
+        show_default="64 with int4, else 32",
     ),
 ]
 Asymmetric = Annotated[

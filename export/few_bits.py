@@ -11,7 +11,10 @@ from stillgraph.manifest import Precision, Quantization
 
 STAGE = "export"
 BLOCK_SIZES = (32, 64, 128)
-BLOCK_SIZE: dict[Precision, int] = {"int8": 128, "int4": 64}  # where none is given
+# Where none is given. A real model at int8 has a KL of 0.017 nats in blocks of 128, 0.010 in those of 64 and
+# 0.006 in those of 32, most of it from activations, which are rounded in the same blocks; TPOT is 1.05 of
+# 128's, TTFT 1.22.
+BLOCK_SIZE: dict[Precision, int] = {"int8": 32, "int4": 64}
 BUDGET = 5.5  # bits a weight, about what others take for a model of "four bits" that keeps its quality
 TABLES = ("embed_tokens", "lm_head")  # what int4 keeps at int8: a mistake there is in every token
 
@@ -26,7 +29,7 @@ def few_bits(
 ) -> Quantization:
     """The quantization of command-line values. Raises StillgraphError for values that do not go together.
 
-    What is None is chosen: at int4 blocks of 64 with zero points, and a budget where it is calibrated.
+    What is None is chosen: `BLOCK_SIZE`, at int4 zero points, and a budget where it is calibrated.
     """
     size = BLOCK_SIZE[precision] if block_size is None else block_size
     if size not in BLOCK_SIZES:

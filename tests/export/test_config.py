@@ -87,7 +87,7 @@ def test_a_request_for_what_is_not_built(
 
 def test_a_request_for_quantized_weights() -> None:
     assert request(**VALUES).quantization is None
-    assert request(**VALUES | {"precision": "int8"}).quantization == Quantization(block_size=128)
+    assert request(**VALUES | {"precision": "int8"}).quantization == Quantization(block_size=32)
     tables: dict[str, Precision] = {"embed_tokens": "int8", "lm_head": "int8"}
     assert request(**VALUES | INT4).quantization == Quantization(block_size=64, symmetric=False, keep=tables)
     options = {"block_size": 32, "asymmetric": False, "keep": ["lm_head=int4", "layers.0.*=fp32"]}
