@@ -19,7 +19,6 @@ from stillgraph.exporter.ship.cache_write import rewrite_cache_write
 from stillgraph.exporter.ship.environments import missing, python
 from stillgraph.exporter.ship.runtimes import runtimes
 from stillgraph.exporter.ship.ship import ship
-from stillgraph.exporter.validate.validate import validate
 from stillgraph.files import check_files
 from stillgraph.golden import GOLDEN
 from stillgraph.manifest import read
@@ -29,21 +28,6 @@ Bundle = Callable[..., Path]
 
 def silent(_: str) -> None:
     """No progress."""
-
-
-@pytest.fixture(scope="module")
-def proven(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    own = Path(shutil.copytree(tiny_bundle(), tmp_path_factory.mktemp("ship") / "tiny"))
-    validate(own, depth="quick", say=silent)
-    return own
-
-
-@pytest.fixture(scope="module")
-def seeing(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tiny_bundle(shapes=[("prefill", 16, 40), ("decode", 1, 40)], family="gemma3_vision")
-    own = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("ship") / "seeing"))
-    validate(own, depth="quick", say=silent)
-    return own
 
 
 def shipped(bundle: Path, name: str, place: Path) -> Any:
