@@ -23,9 +23,10 @@ REMEDY = "report this bug, with the runtime's version"
 class Checked(Frozen):
     """What came of golden.json. reason: why it was not run, then all else is empty.
 
-    equal: cases without a problem, of `cases`; near_ties: those of them that end early, at one; worst: the
-    largest error of a logit, in terms of the tolerance's; ttft_ms, tpot_ms: of the case of the longest text
-    that has a few tokens, prompt: its tokens.
+    equal: cases without a problem, of `cases`; skipped: those of `cases` that the driver says it cannot run,
+    and why; near_ties: those of the equal that end early, at one; worst: the largest error of a logit, in
+    terms of the tolerance's; ttft_ms, tpot_ms: of the case of the longest text that has a few tokens, prompt:
+    its tokens.
     """
 
     reason: str | None = None
@@ -38,6 +39,7 @@ class Checked(Frozen):
     tpot_ms: float | None = None
     peak_rss_mb: float | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 
@@ -48,26 +50,33 @@ def check(runtime: Runtime, folder: Path) -> Checked:
         return Checked(reason=command)
     golden = read(folder)
     answers = {str(answer.get("name")): answer for answer in _run([*command, "--golden", GOLDEN], folder)}
-    compared, told = list[Compared](), list[str]()
+    compared, told, skipped = list[Compared](), list[str](), list[str]()
     for case in golden.cases:
         if case.name not in answers:
             raise CheckFailed(STAGE, f"the {runtime.title} driver gave no answer to {case.name}", REMEDY)
+        if why := answers[case.name].get("skipped"):
+            skipped.append(f"{case.name}: {why}")
+            continue
         found = compare(case, answer_of(answers[case.name]), golden.tolerance)
         told += [f"{case.name}: {problem}" for problem in found.problems]
         if not found.steps and not found.problems:
             told.append(f"{case.name}: no logits were given")
         compared.append(found)
-    timed = max(golden.cases, key=lambda case: (len(case.tokens) > 8, len(case.prompt)))
+    if not compared:
+        return Checked(reason=f"every case was skipped ({skipped[0]})")
+    run = [case for case in golden.cases if not answers[case.name].get("skipped")]
+    timed = max(run, key=lambda case: (len(case.tokens) > 8, len(case.prompt)))
     measured = {name: answers[timed.name].get(name) for name in ("ttft_ms", "tpot_ms")}
     peaks = [answer["peak_rss_mb"] for answer in answers.values() if answer.get("peak_rss_mb")]
     return Checked(
-        cases=len(compared),
+        cases=len(golden.cases),
         equal=sum(not found.problems for found in compared),
         near_ties=sum(found.near_tie is not None for found in compared),
         worst=max((found.worst for found in compared), default=0.0),
         prompt=len(timed.prompt),
         peak_rss_mb=max(peaks, default=None),
         versions=answers[timed.name].get("versions", {}),
+        skipped=tuple(skipped),
         problems=tuple(told),
         **measured,
     )

@@ -40,6 +40,8 @@ def ship(
     table = Table("folder", "archive", "cases equal", "largest error", title=f"for {known[runtime].title}")
     told = f"{checked.equal} of {checked.cases}", f"{checked.worst:.1e}"
     table.add_row(escape(str(shipped.folder)), escape(str(shipped.archive)), *told)
+    if checked.skipped:
+        table.caption = f"not run: {escape('; '.join(checked.skipped))}"
     if checked.reason:
         table.caption = f"golden.json was not run: {escape(checked.reason)}"
     line = {"folder": str(shipped.folder), "archive": str(shipped.archive), "runtime": runtime}

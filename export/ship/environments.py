@@ -12,15 +12,23 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+
+DRIVERS = Path(__file__).with_name("drivers")
+PAGE = Path(str(files("stillgraph"))) / "serve" / "page"
 
 # name: (the module that tells whether it is there, packages)
 PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ort": ("onnxruntime", ("numpy", "onnxruntime")),
     "openvino": ("openvino", ("numpy", "openvino")),
 }
+# name: the folder whose package.json and lock file say what npm is to fetch
+OF_NPM = {"node": DRIVERS / "node"}
+NPM_CI = ("ci", "--ignore-scripts", "--no-audit", "--no-fund")
 
 
 def place() -> Path:
@@ -38,30 +46,54 @@ def python(name: str) -> str | None:
     return sys.executable if find_spec(module) else None
 
 
+def packages(name: str) -> Path | None:
+    """The folder whose node_modules has the runtime's packages of npm; None without."""
+    return place() / name if (place() / name / "node_modules").is_dir() else None
+
+
 def missing(name: str) -> str:
     """Why its driver cannot run, in a few words with the remedy."""
-    return f"{PACKAGES[name][0]} is not installed: python -m {__spec__.name} {name}"
+    what = "its packages of npm are" if name in OF_NPM else f"{PACKAGES[name][0]} is"
+    return f"{what} not installed: python -m {__spec__.name} {name}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runtimes", nargs="+", choices=sorted(PACKAGES))
+    parser.add_argument("runtimes", nargs="+", choices=sorted([*PACKAGES, *OF_NPM]))
     for name in parser.parse_args().runtimes:
         folder = place() / name
-        if (folder / "bin" / "python").is_file():
+        if packages(name) or (folder / "bin" / "python").is_file():
             continue
         try:
-            venv.create(folder, with_pip=True, symlinks=True)
-            pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, *PACKAGES[name][1]], check=True)
-        except subprocess.CalledProcessError as error:
+            if name in OF_NPM:
+                _npm(OF_NPM[name], folder)
+            else:
+                _pip(PACKAGES[name][1], folder)
+        except (OSError, subprocess.CalledProcessError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             print(f"{name}: {error}", file=sys.stderr)
             return 1
         print(f"{name}: ready in {folder}")
     return 0
+
+
+def _pip(wanted: tuple[str, ...], folder: Path) -> None:
+    venv.create(folder, with_pip=True, symlinks=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, *wanted], check=True)
+
+
+def _npm(lists: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        staged = Path(scratch) / "whole"
+        staged.mkdir()
+        for name in ("package.json", "package-lock.json"):
+            shutil.copyfile(lists / name, staged / name)
+        subprocess.run(["npm", *NPM_CI], cwd=staged, check=True, stdout=subprocess.DEVNULL)
+        staged.rename(folder)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from stillgraph.errors import CheckFailed
 from stillgraph.exporter.ir.simplify import same_outputs
 from stillgraph.exporter.ship.cache_write import rewrite_cache_write
 from stillgraph.exporter.ship.environments import missing, python
-from stillgraph.exporter.ship.runtimes import runtimes
+from stillgraph.exporter.ship.runtimes import Runtime, runtimes
 from stillgraph.exporter.ship.ship import ship
 from stillgraph.files import check_files
 from stillgraph.golden import GOLDEN
 from stillgraph.manifest import read
 
 Bundle = Callable[..., Path]
+BUILD = Path(__file__).parents[3] / "build"  # where .ci/run has npm put the packages of Node.js
 
 
 def silent(_: str) -> None:
@@ -57,6 +58,38 @@ def test_a_picture_is_seen(seeing: Path, tmp_path: Path) -> None:
     assert checked.equal == checked.cases
     assert checked.problems == ()
     assert "picture" in (tmp_path / "one" / GOLDEN).read_text()
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    monkeypatch.setenv("STILLGRAPH_ENVIRONMENTS", str(BUILD))
+    runtime = runtimes()["node"]
+    if isinstance(reason := runtime.command(BUILD), str):
+        pytest.skip(reason)
+    return runtime
+
+
+def test_node_gives_every_text_and_says_that_it_sees_nothing(
+    node: Runtime, proven: Path, seeing: Path, tmp_path: Path
+) -> None:
+    found = ship(proven, node, tmp_path / "one", silent)
+    assert (found.checked.cases, found.checked.equal, found.checked.skipped) == (5, 5, ())
+    assert 0 < found.checked.worst < 1e-5
+    unpack(found.archive, tmp_path / "unpacked")
+    assert ship(proven, node, tmp_path / "two", silent).archive.read_bytes() == found.archive.read_bytes()
+    seen = ship(seeing, node, tmp_path / "seeing", silent).checked
+    assert seen.skipped == ("picture: this driver reads no pictures",)
+    assert seen.equal == seen.cases - 1 > 0
+
+
+def test_without_packages_nothing_passes(
+    proven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLGRAPH_ENVIRONMENTS", str(tmp_path / "none"))
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    checked = ship(proven, runtimes()["node"], tmp_path / "out", silent).checked
+    assert str(checked.reason).startswith("its packages of npm are not installed: python -m ")
+    assert (checked.cases, checked.equal) == (0, 0)
 
 
 def test_a_wrong_text_is_not_shipped(proven: Path, tmp_path: Path) -> None:

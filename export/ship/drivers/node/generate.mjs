@@ -1,20 +1,22 @@
-// node generate.mjs --bundle FOLDER --prompt "Once upon a time"     a bundle's text, by onnxruntime-node.
-// Beside it lie the modules of runtime/serve/page, and what `npm ci --ignore-scripts` makes of package.json.
+// node generate.mjs --prompt "Once upon a time"     a bundle's text, by onnxruntime-node.
+// node generate.mjs --golden golden.json           a line of JSON for each case
+// Beside it lie stillgraph.js and its modules, and what `npm ci --ignore-scripts` makes of package.json.
 // Results go to stdout; exit codes are 0 done, 2 wrong use or bad input.
 
 import { existsSync, readFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { createRequire } from "node:module";
+import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 
-import * as jinja from "@huggingface/jinja";
-import * as tokenizers from "@huggingface/tokenizers";
-import ort from "onnxruntime-node";
-
+import { answers } from "./golden.js";
 import { load } from "./stillgraph.js";
 
+const HERE = dirname(fileURLToPath(import.meta.url));
+
 const OPTIONS = {
-  bundle: { type: "string", default: join(dirname(fileURLToPath(import.meta.url)), "bundle") },
+  bundle: { type: "string", default: HERE }, packages: { type: "string", default: HERE },
+  golden: { type: "string" },
   prompt: { type: "string" }, chat: { type: "boolean" }, "token-ids": { type: "string" },
   "max-new-tokens": { type: "string", default: "128" }, temperature: { type: "string", default: "0" },
   "top-k": { type: "string" }, "top-p": { type: "string" }, "min-p": { type: "string" },
@@ -22,10 +24,12 @@ const OPTIONS = {
   json: { type: "boolean" }, threads: { type: "string" },
 };
 const number = (value) => (value === undefined ? undefined : Number(value));
+const peak = () => (process.resourceUsage().maxRSS * 1024) / 1e6; // MB; Node.js gives KiB on every system
 
 async function main() {
   const { values: given } = parseArgs({ options: OPTIONS });
   const path = (name) => join(given.bundle, name), began = performance.now();
+  const [ort, tokenizers, jinja] = packages(given.packages);
   const session = { executionProviders: ["cpu"], intraOpNumThreads: number(given.threads) ?? 0 };
   const engine = await load({
     ort, tokenizers, jinja, inPlace: true,
@@ -33,9 +37,25 @@ async function main() {
     open: async (entry) => [path(entry.file.path), session],
   });
   const loadMs = performance.now() - began;
+  if (given.golden) return prove(engine, given.golden, { load_ms: loadMs, versions: ort.env.versions });
   const ids = given["token-ids"]?.split(",").map(Number);
   if ((ids === undefined) === (given.prompt === undefined)) throw new Error("Give one of --prompt and --token-ids.");
   await write(engine, ids ?? (given.chat ? [{ role: "user", content: given.prompt }] : given.prompt), given, loadMs);
+}
+
+// onnxruntime-node and the two of @huggingface, from a folder's node_modules.
+function packages(folder) {
+  const require = createRequire(join(resolve(folder), "package.json"));
+  try {
+    return ["onnxruntime-node", "@huggingface/tokenizers", "@huggingface/jinja"].map((name) => require(name));
+  } catch (error) {
+    throw new Error(`${error.message.split("\n")[0]}; run 'npm ci --ignore-scripts' in ${folder}.`);
+  }
+}
+
+async function prove(engine, path, told) {
+  const golden = JSON.parse(readFileSync(path, "utf8"));
+  for await (const found of answers(engine, golden)) console.log(JSON.stringify({ ...found, ...told, peak_rss_mb: peak() }));
 }
 
 async function write(engine, prompt, given, loadMs) {
@@ -55,7 +75,7 @@ async function write(engine, prompt, given, loadMs) {
     prompt_tokens: engine.ids(prompt).length, tokens: steps.map((step) => step.token),
     text: steps.map((step) => step.text).join(""), finish_reason: last.finishReason, load_ms: loadMs, ttft_ms: first,
     tpot_ms: steps.length > 1 ? (last.elapsed - first) / (steps.length - 1) : null,
-    peak_rss_mb: process.resourceUsage().maxRSS / 1024, peak_pss_mb: null,
+    peak_rss_mb: peak(), peak_pss_mb: null,
   };
   console.log(JSON.stringify(report));
 }
