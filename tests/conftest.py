@@ -20,6 +20,8 @@ pytest_plugins = ["tests.mock_model", "tests.traces"]
 
 # Two processes run the tests on two cores; libraries that are loaded after this keep to one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Other runtimes are where .ci/run puts them; a test never takes what a user has.
+os.environ["STILLGRAPH_ENVIRONMENTS"] = str(Path(__file__).parents[1] / "build" / "environments")
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEMPLATE = (

@@ -17,7 +17,7 @@ PACKAGES = {"export": "stillgraph.exporter", "patches": "stillgraph.patches", "r
 # What of the runtime is open to the export.
 OPEN = (
     "archive calling certificate compiled cpu errors exit_codes files golden manifest metrics page_cache "
-    "ports row spec weight_tensor"
+    "ports row serve.packages spec weight_tensor"
 )
 OF_RUNTIME = {f"stillgraph.{name}" for name in OPEN.split()}
 # What is open to the bench besides: it runs the engine.

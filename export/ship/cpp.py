@@ -18,6 +18,7 @@ from pathlib import Path
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.ship import environments
 from stillgraph.exporter.ship.runtimes import DRIVERS, Runtime
+from stillgraph.serve.packages import place
 
 STAGE = "ship"
 SOURCES = DRIVERS / "cpp"
@@ -56,7 +57,7 @@ def built() -> Path:
     digest = hashlib.sha256(version.encode())
     for path in RUNTIME.driver_files():
         digest.update(path.read_bytes())
-    return environments.place() / f"c++-{digest.hexdigest()[:12]}"
+    return place() / f"c++-{digest.hexdigest()[:12]}"
 
 
 def program() -> Path:

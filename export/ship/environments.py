@@ -8,18 +8,16 @@ makes them, under STILLGRAPH_ENVIRONMENTS or the user's cache folder.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import venv
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+from stillgraph.serve.packages import PAGE, fetch, packages, place
+
 DRIVERS = Path(__file__).with_name("drivers")
-PAGE = Path(str(files("stillgraph"))) / "serve" / "page"
 
 # name: (the module that tells whether it is there, packages)
 PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -27,14 +25,7 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "openvino": ("openvino", ("numpy", "openvino")),
 }
 # name: the folder whose package.json and lock file say what npm is to fetch
-OF_NPM = {"node": DRIVERS / "node"}
-NPM_CI = ("ci", "--ignore-scripts", "--no-audit", "--no-fund")
-
-
-def place() -> Path:
-    """The folder of all environments."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("STILLGRAPH_ENVIRONMENTS") or cache / "stillgraph" / "environments")
+OF_NPM = {"node": DRIVERS / "node", "page": PAGE}
 
 
 def python(name: str) -> str | None:
@@ -44,11 +35,6 @@ def python(name: str) -> str | None:
         return str(own)
     module = PACKAGES[name][0]
     return sys.executable if find_spec(module) else None
-
-
-def packages(name: str) -> Path | None:
-    """The folder whose node_modules has the runtime's packages of npm; None without."""
-    return place() / name if (place() / name / "node_modules").is_dir() else None
 
 
 def missing(name: str) -> str:
@@ -68,7 +54,7 @@ def main() -> int:
             continue
         try:
             if name in OF_NPM:
-                _npm(OF_NPM[name], folder)
+                fetch(name, OF_NPM[name])
             else:
                 _pip(PACKAGES[name][1], folder)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -83,17 +69,6 @@ def _pip(wanted: tuple[str, ...], folder: Path) -> None:
     venv.create(folder, with_pip=True, symlinks=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, *wanted], check=True)
-
-
-def _npm(lists: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        staged = Path(scratch) / "whole"
-        staged.mkdir()
-        for name in ("package.json", "package-lock.json"):
-            shutil.copyfile(lists / name, staged / name)
-        subprocess.run(["npm", *NPM_CI], cwd=staged, check=True, stdout=subprocess.DEVNULL)
-        staged.rename(folder)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from stillgraph.exporter.ship.environments import PAGE, missing, packages
+from stillgraph.exporter.ship.environments import missing
 from stillgraph.exporter.ship.runtimes import Runtime
+from stillgraph.serve.packages import PAGE, packages
 
 MODULES = "stillgraph.js graphs.js text.js sampling.js golden.js".split()
 

@@ -45,7 +45,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="Of a request, in MB.")] = 16,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Serve a bundle by an API as OpenAI's, under /v1.
+    """Serve a bundle: a page that runs it in the browser, and an API as OpenAI's under /v1.
 
     The address goes to stdout. Ctrl-C ends the requests that run after their step, and the server.
     """
@@ -136,4 +136,4 @@ def _run(server: uvicorn.Server, listening: socket.socket) -> None:
 
 def _say(host: str) -> None:
     open_to = "" if host in LOOPBACK else "; whoever reaches this address may use it"
-    print(f"the API is under /v1{open_to}; Ctrl-C stops", file=sys.stderr)
+    print(f"the page is at /, the API under /v1{open_to}; Ctrl-C stops", file=sys.stderr)

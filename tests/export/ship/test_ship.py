@@ -24,7 +24,6 @@ from stillgraph.golden import GOLDEN
 from stillgraph.manifest import read
 
 Bundle = Callable[..., Path]
-BUILD = Path(__file__).parents[3] / "build"  # where .ci/run has npm put the packages of Node.js
 
 
 def silent(_: str) -> None:
@@ -61,10 +60,9 @@ def test_a_picture_is_seen(seeing: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def node(monkeypatch: pytest.MonkeyPatch) -> Runtime:
-    monkeypatch.setenv("STILLGRAPH_ENVIRONMENTS", str(BUILD))
+def node(tmp_path: Path) -> Runtime:
     runtime = runtimes()["node"]
-    if isinstance(reason := runtime.command(BUILD), str):
+    if isinstance(reason := runtime.command(tmp_path), str):
         pytest.skip(reason)
     return runtime
 

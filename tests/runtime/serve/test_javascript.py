@@ -13,10 +13,10 @@ import pytest
 
 from stillgraph.loading import load
 from stillgraph.sampling import Sampling
+from stillgraph.serve.packages import packages
 
 ROOT = Path(__file__).parents[3]
 NODE = shutil.which("node")
-MODULES = ROOT / "build/node/node_modules"
 PAGE, DRIVER = ROOT / "runtime/serve/page", ROOT / "export/ship/drivers/node"
 pytestmark = pytest.mark.skipif(NODE is None, reason="needs Node.js")
 
@@ -28,12 +28,12 @@ def node(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Path:
-    if not MODULES.is_dir():
-        pytest.skip("needs build/node/node_modules, which .ci/run has npm make")
+    if not (found := packages("node")):
+        pytest.skip("needs packages of npm, which .ci/run has it fetch")
     folder: Path = tmp_path_factory.mktemp("node")
     for path in (*PAGE.glob("*.js"), DRIVER / "generate.mjs", DRIVER / "package.json"):
         shutil.copyfile(path, folder / path.name)
-    (folder / "node_modules").symlink_to(MODULES)
+    (folder / "node_modules").symlink_to(found / "node_modules")
     return folder
 
 

@@ -1,0 +1,141 @@
+// The page: what is said and shown. The bundle is in a worker, so that nothing here ever waits for it.
+
+const at = (id) => document.getElementById(id);
+const [chat, form, prompt, send, again] = ["chat", "form", "prompt", "send", "again"].map(at);
+let worker, messages = [], answer = null, takesChats = true;
+
+async function start() {
+  if (!globalThis.WebAssembly || !globalThis.Worker) return wrong("This browser has no WebAssembly; use a newer one.");
+  await offline();
+  worker = new Worker("worker.js", { type: "module" });
+  worker.onerror = (event) => wrong(`The page's worker did not start (${event.message || "a file is missing"}).`);
+  worker.onmessage = ({ data: [kind, told] }) => HEARD[kind](told);
+  worker.postMessage(["load"]);
+}
+
+// Whatever is fetched from here on is kept by the service worker, where the browser lets a page have one.
+async function offline() {
+  const { serviceWorker } = navigator;
+  if (!serviceWorker) return;
+  try {
+    await serviceWorker.register("sw.js");
+    await serviceWorker.ready;
+    if (!serviceWorker.controller) await new Promise((done) => (serviceWorker.oncontrollerchange = done));
+  } catch (error) {
+    console.warn(`The page will not work offline: ${error.message}`);
+  }
+}
+
+const HEARD = {
+  progress({ state, done }) {
+    at("state").textContent = state;
+    if (done === null) at("bar").removeAttribute("value");
+    else at("bar").value = done;
+  },
+  ready({ model, threads, chats, memory }) {
+    at("loading").remove();
+    takesChats = chats;
+    at("model").textContent = document.title = model;
+    at("threads").textContent = threads;
+    if (!chats) add("note", "This bundle has no chat template: it continues each text on its own.");
+    prompt.disabled = send.disabled = false;
+    document.body.dataset.state = "ready";
+    prompt.focus();
+    measured(memory);
+  },
+  step({ text, ttft, tpot }) {
+    if (!answer) return;
+    const follows = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 40;
+    answer.textContent += text;
+    at("ttft").textContent = `${ttft.toFixed(0)} ms`;
+    if (tpot !== null) at("tpot").textContent = `${tpot.toFixed(1)} ms`;
+    if (follows) chat.scrollTop = chat.scrollHeight;
+  },
+  done({ reason, memory }) {
+    if (answer) messages.push({ role: "assistant", content: answer.textContent });
+    if (reason === "context") add("note", "The cache is full: start a new chat.");
+    idle();
+    measured(memory);
+  },
+  // {message, fatal: whether nothing can be asked any more}
+  error({ message, fatal }) {
+    messages.pop(); // what could not be answered
+    wrong(message);
+    if (!fatal) idle();
+  },
+  golden(line) {
+    (globalThis.golden ??= []).push(line);
+  },
+};
+
+function add(kind, text) {
+  const said = document.createElement("p");
+  said.className = kind;
+  said.textContent = text;
+  chat.append(said);
+  chat.scrollTop = chat.scrollHeight;
+  return said;
+}
+
+function wrong(message) {
+  at("loading")?.remove();
+  if (answer && !answer.textContent) answer.remove();
+  add("wrong", message);
+  document.body.dataset.state = "wrong";
+}
+
+function idle() {
+  answer?.classList.remove("running");
+  answer = null;
+  send.textContent = "Send";
+  send.disabled = false;
+  again.hidden = !messages.length;
+  document.body.dataset.state = "ready";
+}
+
+function ask(text) {
+  messages.push({ role: "user", content: text });
+  add("user", text);
+  answer = add("assistant", "");
+  answer.classList.add("running");
+  send.textContent = "Stop";
+  document.body.dataset.state = "busy";
+  worker.postMessage(["ask", takesChats ? messages : text]);
+}
+
+function stop() {
+  send.disabled = true; // until the worker's step ends
+  answer.classList.remove("running");
+  worker.postMessage(["stop"]);
+}
+
+function measured(memory) {
+  at("memory").textContent = `${(memory / 1e6).toFixed(0)} MB`;
+}
+
+form.onsubmit = (event) => {
+  event.preventDefault();
+  if (answer) return stop();
+  const text = prompt.value.trim();
+  if (!text) return;
+  prompt.value = "";
+  ask(text);
+};
+
+prompt.onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!answer && !send.disabled) form.requestSubmit();
+};
+
+again.onclick = () => {
+  if (answer) return;
+  messages = [];
+  chat.replaceChildren();
+  again.hidden = true;
+};
+
+// For golden.json: its answers come one by one into `golden`, the last is null.
+globalThis.runGolden = () => worker.postMessage(["golden"]);
+
+start();

@@ -1,0 +1,106 @@
+"""The page in a browser: tokens are golden.json's, it stops, and it needs no server the second time."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stillgraph.exporter.ship.browser import Browser, chromium
+from stillgraph.exporter.ship.check import answer_of
+from stillgraph.exporter.validate.validate import validate
+from stillgraph.golden import compare, read
+from stillgraph.loading import load
+from stillgraph.manifest import read as read_manifest
+from stillgraph.serve.packages import FILES, packages
+from tests.runtime.serve.serving import serving
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="needs chromium")
+UNFETCHED = "needs the page's packages, which .ci/run has npm fetch"
+STATE = "document.body.dataset.state"
+ASK = """document.getElementById("prompt").value = "hey", document.getElementById("form").requestSubmit()"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle, tmp_path_factory):
+    own = Path(shutil.copytree(tiny_bundle(), tmp_path_factory.mktemp("page") / "tiny"))
+    validate(own, depth="quick", say=lambda _: None)
+    return own
+
+
+@pytest.fixture
+def browser():
+    if not packages():
+        pytest.skip(UNFETCHED)
+    with Browser() as page:
+        yield page
+
+
+def test_golden_then_a_stop_then_no_server(browser, bundle) -> None:
+    with serving(load(bundle, threads=1)) as server:
+        browser.open(server.url)
+        assert browser.until(STATE) == "ready"
+        assert browser.value("crossOriginIsolated")
+        browser.value("runGolden()")
+        browser.until("globalThis.golden?.at(-1) === null")
+        answers = {line["name"]: line for line in browser.value("golden")[:-1]}
+        golden = read(bundle)
+        for case in golden.cases:
+            found = compare(case, answer_of(answers[case.name]), golden.tolerance)
+            assert found.problems == ()
+            assert found.steps > 0
+        # Stopped before its first token is there: this cache is full within milliseconds.
+        shown = "document.querySelector('.assistant')?.textContent"
+        browser.value(f"{ASK}, document.getElementById('send').click()")
+        browser.until(f"{STATE} === 'ready'")
+        stopped = browser.value(shown)
+        assert browser.value("document.querySelector('.note, .wrong')?.textContent") is None
+    browser.open(server.url)  # nothing listens there any more
+    assert browser.until(f"document.querySelector('.assistant') === null && {STATE}") == "ready"
+    browser.value(ASK)
+    browser.until(f"{STATE} === 'ready'")
+    whole = browser.value(shown)
+    assert whole.startswith(stopped)
+    assert len(stopped) < len(whole)
+    assert "ms" in browser.value("document.getElementById('ttft').textContent")
+
+
+def test_what_does_not_fit_is_told_with_its_size(browser, bundle, tmp_path) -> None:
+    own = Path(shutil.copytree(bundle, tmp_path / "large"))
+    with serving(load(own, threads=1)) as server:
+        manifest = own / "manifest.json"
+        weights = read_manifest(own).weights.file.nbytes
+        manifest.write_text(manifest.read_text().replace(f'"nbytes": {weights},', '"nbytes": 5200000000,', 1))
+        browser.open(server.url)
+        assert browser.until(STATE) == "wrong"
+        assert "weights are 5.2 GB and a browser can hold 1.9 GB" in browser.value("document.body.innerText")
+        assert browser.value("document.getElementById('send').disabled")
+
+
+def test_without_its_packages_the_page_says_how_to_get_them(browser, bundle, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("STILLGRAPH_ENVIRONMENTS", str(tmp_path))
+    with serving(load(bundle, threads=1)) as server:
+        browser.open(server.url)
+        assert browser.until(STATE) == "wrong"
+        assert "run 'python -m stillgraph.serve.packages'" in browser.value("document.body.innerText")
+
+
+def test_only_what_the_page_needs_is_given_out(bundle) -> None:
+    if not packages():
+        pytest.skip(UNFETCHED)
+    (bundle / "secret.txt").write_text("not the manifest's")
+    with serving(load(bundle, threads=1)) as server:
+        for path in ("/", "/worker.js", "/manifest.json", "/weights.data", *(f"/{name}" for name in FILES)):
+            status, content, headers = server.get(path)
+            assert status == 200
+            assert content
+            assert headers["cross-origin-embedder-policy"] == "require-corp"
+        for path in (
+            "/secret.txt",
+            "/package.json",
+            "/packages/package.json",
+            "/../app.py",
+            "/%2e%2e/app.py",
+        ):
+            assert server.get(path)[0] == 404
