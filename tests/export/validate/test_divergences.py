@@ -97,6 +97,8 @@ def test_a_correlation_by_hand() -> None:
 def test_an_interval_of_wilson(hits: int, count: int, expected: tuple[float, float]) -> None:
     """The last is the example of Newcombe (1998), without continuity correction."""
     assert wilson(hits, count) == pytest.approx(expected, abs=5e-5)
+    found = summarize([Divergence(kl=0, top1_equal=n < hits, nll=1, original_nll=1) for n in range(count)])
+    assert found.same_top_interval == pytest.approx(expected, abs=5e-5)
 
 
 def test_divergence_of_two_distributions() -> None:
