@@ -8,9 +8,7 @@ from pathlib import Path
 
 from stillgraph.exporter.ship.environments import missing
 from stillgraph.exporter.ship.runtimes import Runtime
-from stillgraph.serve.packages import PAGE, packages
-
-MODULES = "stillgraph.js graphs.js text.js sampling.js golden.js".split()
+from stillgraph.serve.packages import MODULES, PAGE, packages
 
 
 class Node(Runtime):

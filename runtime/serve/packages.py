@@ -15,7 +15,10 @@ import tempfile
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("page")
-# What the page asks for, and where npm puts it.
+# The driver in JavaScript, which runs in Node.js as well, and the page with all that it is made of.
+MODULES = ("stillgraph.js", "graphs.js", "text.js", "sampling.js", "golden.js")
+PAGE_FILES = ("index.html", "page.css", "page.js", "worker.js", "sw.js", *MODULES)
+# What the page asks for of packages, and where npm puts it.
 FILES = {
     "packages/ort.wasm.bundle.min.mjs": "onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
     "packages/ort-wasm-simd-threaded.wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",

@@ -10,11 +10,9 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from stillgraph.manifest import MANIFEST, Manifest
-from stillgraph.serve.packages import FILES, PAGE, page_files
+from stillgraph.serve.packages import FILES, PAGE, PAGE_FILES, page_files
 from stillgraph.serve.refusals import Refused, answer
 
-MODULES = "stillgraph.js graphs.js text.js sampling.js golden.js".split()
-OWN = ["index.html", "page.css", "page.js", "worker.js", "sw.js", *MODULES]
 TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
 # With these a page may have threads; and a browser asks each time whether its copy is still right.
 HEADERS = {
@@ -29,7 +27,7 @@ class Site:
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         of_bundle = [MANIFEST, *(file.path for file in manifest.all_files())]
-        self._files = {path: bundle / path for path in of_bundle} | {name: PAGE / name for name in OWN}
+        self._files = {path: bundle / path for path in of_bundle} | {name: PAGE / name for name in PAGE_FILES}
         self.routes = [Route(f"/{name}", self._file) for name in ("", *self._files, *FILES)]
 
     async def _file(self, request: Request) -> Response:

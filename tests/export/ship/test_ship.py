@@ -80,6 +80,18 @@ def test_node_gives_every_text_and_says_that_it_sees_nothing(
     assert seen.equal == seen.cases - 1 > 0
 
 
+def test_a_browser_gives_every_text(proven: Path, tmp_path: Path) -> None:
+    web = runtimes()["web"]
+    for reason in (web.refuses(read(proven)), web.command(tmp_path)):
+        if isinstance(reason, str):
+            pytest.skip(reason)
+    found = ship(proven, web, tmp_path / "one", silent)
+    assert (found.checked.cases, found.checked.equal, found.checked.skipped) == (5, 5, ())
+    assert 0 < found.checked.worst < 1e-5
+    unpack(found.archive, tmp_path / "unpacked")
+    assert (tmp_path / "unpacked" / "packages").is_dir()
+
+
 def test_without_packages_nothing_passes(
     proven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +100,7 @@ def test_without_packages_nothing_passes(
     checked = ship(proven, runtimes()["node"], tmp_path / "out", silent).checked
     assert str(checked.reason).startswith("its packages of npm are not installed: python -m ")
     assert (checked.cases, checked.equal) == (0, 0)
+    assert "not installed" in str(runtimes()["web"].refuses(read(proven)))
 
 
 def test_a_wrong_text_is_not_shipped(proven: Path, tmp_path: Path) -> None:
