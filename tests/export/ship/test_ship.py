@@ -15,6 +15,7 @@ import stillgraph
 from stillgraph.archive import unpack
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter.ir.simplify import same_outputs
+from stillgraph.exporter.ship import table
 from stillgraph.exporter.ship.cache_write import rewrite_cache_write
 from stillgraph.exporter.ship.environments import missing, python
 from stillgraph.exporter.ship.runtimes import Runtime, runtimes
@@ -90,6 +91,31 @@ def test_a_browser_gives_every_text(proven: Path, tmp_path: Path) -> None:
     assert 0 < found.checked.worst < 1e-5
     unpack(found.archive, tmp_path / "unpacked")
     assert (tmp_path / "unpacked" / "packages").is_dir()
+
+
+def test_a_table_has_a_row_for_what_ran_and_for_what_did_not(
+    proven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Absent(type(runtimes()["ort"])):  # type: ignore[misc]
+        def command(self, folder: Path) -> str:
+            return "it is not here"
+
+    class Other(Absent):
+        def refuses(self, manifest: Any) -> str:
+            return "it is another"
+
+    known = {"a": Absent("ort", "A"), "b": runtimes()["ort"], "c": Other("ort", "C")}
+    monkeypatch.setattr(table, "PRECISIONS", ("fp32",))
+    monkeypatch.setattr(table, "runtimes", lambda: known)
+    shutil.copytree(proven, tmp_path / "fp32")
+    absent, ran, other = table.rows(tmp_path)
+    assert absent[3:] == ["not run: it is not here", "", "", "", ""]
+    assert ran[0].startswith("ONNX Runtime 1.")
+    assert ran[2:4] == ["fp32", "5 of 5"]
+    assert all(float(cell) > 0 for cell in (ran[1], *ran[4:]))
+    assert "it is another" in other[3]
+    lines = table.markdown([absent, ran, other]).splitlines()
+    assert {line.count("|") for line in lines[2:] if line} == {len(ran) + 1}
 
 
 def test_without_packages_nothing_passes(
