@@ -50,15 +50,18 @@ def test_it_reads_what_quantize_means(layout, bits, block, symmetric, tmp_path) 
     expected = quantize(torch.cat(list(tensors.values())), matrix.form).dequantize()[2:]
     np.testing.assert_array_equal(found, expected.numpy())
     for wrong in (tensors["b.weight"].flip(0), tensors["b.weight"].flip(1), tensors["b.weight"].roll(1)):
-        with pytest.raises(CheckFailed, match="steps from the checkpoint"):
+        with pytest.raises(CheckFailed, match="from the checkpoint"):
             shipped.rows("b.weight", codes, 2, wrong.numpy())
 
 
 def test_one_block_elsewhere_is_found_and_named() -> None:
     original = np.random.default_rng(0).normal(size=(6, 128)).astype(np.float32)
-    found = quantize(torch.from_numpy(original), Format(4, 64)).dequantize().numpy()
-    step = np.full((6, 128), np.abs(original).max() / 8, np.float32)
+    stored = quantize(torch.from_numpy(original), Format(4, 64))
+    found, step = stored.dequantize().numpy(), stored.scales.abs().repeat_interleave(64, 1).numpy()
     check_near("w", found, step, original, 64)
     found[3, 64:] = found[2, 64:]
     with pytest.raises(CheckFailed, match="row 3, block 1 of w is"):
+        check_near("w", found, step, original, 64)
+    found[3] = original[3] * 1.7
+    with pytest.raises(CheckFailed, match=r"row 3 of w is 1\.9 steps"):
         check_near("w", found, step, original, 64)
