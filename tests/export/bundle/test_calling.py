@@ -203,9 +203,9 @@ def test_every_weight_says_what_it_is_made_of(
             np.testing.assert_array_equal(found, made)
         layouts = {stored.layout: stored for stored in tensors}
         if values:
-            bits = 4 if values["precision"] == "int4" else 8
+            form = (4, 128) if values["precision"] == "int4" else (8, 32)
             codes = layouts.get("packed") or layouts["columns"]
-            assert (codes.bits, codes.block) == (bits, 128)
+            assert (codes.bits, codes.block) == form
         if "channels" in layouts:
             assert (layouts["channels"].bits, layouts["channels"].block) == (8, None)
 
