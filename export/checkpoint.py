@@ -129,14 +129,10 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of config and weights: what makes two exports exports of one checkpoint."""
         total = hashlib.sha256()
-        for path in _files(self.folder, self.tensors.values()):
+        for path in [self.folder / "config.json", *sorted({tensor.path for tensor in self.tensors.values()})]:
             with path.open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         return total.hexdigest()
-
-
-def _files(folder: Path, tensors: Iterable[StoredTensor]) -> list[Path]:
-    return [folder / "config.json", *sorted({tensor.path for tensor in tensors})]
 
 
 def _stamps(paths: Iterable[Path]) -> dict[Path, Stamp]:

@@ -100,16 +100,15 @@ class _Layer:
 
     def _product(self, name: str, module: nn.Linear, inputs: Tensor) -> Tensor:
         """Of inputs [2 B, S, K]: the first half by the weight as it is, the second by the rounded one."""
-        form, weight = self.forms[name], module.weight
+        form, weight, bias = self.forms[name], module.weight, module.bias
         found = self.rounded.get(name, form)
         if found is None:
             moments, crossed = self._moments_of(inputs)
             found = quantize_for(compensated(weight, moments, crossed), moments, form)
             self.rounded.add(name, found)
         exact, met = inputs.chunk(2)
-        products = (functional.linear(exact, weight), functional.linear(met, found.dequantize()))
-        result = torch.cat(products)
-        return result if module.bias is None else result + module.bias
+        products = functional.linear(exact, weight, bias), functional.linear(met, found.dequantize(), bias)
+        return torch.cat(products)
 
     def _moments_of(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Of inputs that rounding has changed, and of what they were with these; once for all products that

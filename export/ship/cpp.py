@@ -53,7 +53,10 @@ def missing() -> str | None:
 
 def built() -> Path:
     """Where the driver is, or is to be, as a program."""
-    version, _ = _openvino()
+    return _built(_openvino()[0])
+
+
+def _built(version: str) -> Path:
     digest = hashlib.sha256(version.encode())
     for path in RUNTIME.driver_files():
         if path.suffix != ".md":
@@ -63,7 +66,8 @@ def built() -> Path:
 
 def program() -> Path:
     """The driver as a program, built where it is not there yet. Raises StillgraphError."""
-    done, (_, cmake) = built(), _openvino()
+    version, cmake = _openvino()
+    done = _built(version)
     if not done.is_file():
         done.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=done.parent) as folder:

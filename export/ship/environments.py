@@ -15,9 +15,8 @@ import venv
 from importlib.util import find_spec
 from pathlib import Path
 
+from stillgraph.exporter.ship.runtimes import DRIVERS
 from stillgraph.serve.packages import PAGE, fetch, packages, place
-
-DRIVERS = Path(__file__).with_name("drivers")
 
 # name: (the module that tells whether it is there, packages)
 PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {

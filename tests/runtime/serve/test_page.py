@@ -9,11 +9,11 @@ import pytest
 
 from stillgraph.exporter.ship.browser import Browser, chromium
 from stillgraph.exporter.ship.check import answer_of
-from stillgraph.exporter.validate.validate import validate
 from stillgraph.golden import compare, read
 from stillgraph.loading import load
 from stillgraph.manifest import read as read_manifest
 from stillgraph.serve.packages import FILES, packages
+from tests.export.ship.conftest import proven_copy
 from tests.runtime.serve.serving import serving
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="needs chromium")
@@ -24,9 +24,7 @@ ASK = """document.getElementById("prompt").value = "hey", document.getElementByI
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle, tmp_path_factory):
-    own = Path(shutil.copytree(tiny_bundle(), tmp_path_factory.mktemp("page") / "tiny"))
-    validate(own, depth="quick", say=lambda _: None)
-    return own
+    return proven_copy(tiny_bundle(), tmp_path_factory.mktemp("page") / "tiny")
 
 
 @pytest.fixture
