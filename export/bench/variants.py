@@ -2,7 +2,7 @@
 
     dynamic   portable   portable-fp16   onnxruntime-int8   onnxruntime-int4-b32-fast+compiled+unload
 
-A name is a target, a precision where it is not fp32, a block size where it is not 128, `fast` for
+A name is a target, a precision where it is not fp32, a block size where it is not the default, `fast` for
 `--fast-prefill`; then how it is run: `+compiled` by 'stillgraph compile', `+unload` with `--unload-prefill`.
 """
 
@@ -19,10 +19,10 @@ from stillgraph.exporter.calibration import NONE
 from stillgraph.exporter.few_bits import few_bits
 from stillgraph.exporter.precisions import CALIBRATED, QUANTIZED
 from stillgraph.exporter.targets import TARGETS
-from stillgraph.manifest import MANIFEST, Manifest
+from stillgraph.manifest import FORMAT_VERSION, MANIFEST, Manifest
 
 NAME = re.compile(
-    r"(?P<target>dynamic|portable|onnxruntime)(-(?P<precision>fp16|int8|int4))?(-b(?P<block>32|64))?"
+    r"(?P<target>dynamic|portable|onnxruntime)(-(?P<precision>fp16|int8|int4))?(-b(?P<block>32|64|128))?"
     r"(?P<fast>-fast)?(?P<run>(\+compiled|\+unload)*)"
 )
 OURS = Path(__file__).parent / "contenders" / "stillgraph_bundle.py"
@@ -34,7 +34,7 @@ def form(name: str, source: ContenderSource) -> Contender | None:
     if match is None or not _allowed(match):
         return None
     base = name.partition("+")[0]
-    bundle = source.models / f"{base}-{source.max_len}-{source.ctx}"
+    bundle = source.models / f"{base}-{source.max_len}-{source.ctx}-format{FORMAT_VERSION}"
     what = ["dynamic"] if match["target"] == "dynamic" else ["bundle", "--target", match["target"]]
     command = [*_stillgraph("export"), *what, "--model", source.checkpoint, "--ctx", str(source.ctx)]
     command += ["--precision", match["precision"]] if match["precision"] else []

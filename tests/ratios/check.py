@@ -19,6 +19,8 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from stillgraph.cpu import cpu_name
+from stillgraph.errors import StillgraphError
+from stillgraph.manifest import read
 
 KEPT = Path(__file__).with_name("ratios.json")
 TOLERANCE = 1.25  # over the noise of three turns on a shared machine
@@ -47,6 +49,15 @@ def write_cut(folder: Path) -> None:
     Gemma3ForCausalLM(config).save_pretrained(folder)
 
 
+def readable(bundle: Path) -> bool:
+    """False also for a bundle of another format version, which an older stillgraph left in FOLDER."""
+    try:
+        read(bundle)
+    except StillgraphError:
+        return False
+    return True
+
+
 def measure(folder: Path, model: str) -> Found:
     """The ratios of each contender over PyTorch, of one interleaved run of three turns."""
     bundle = folder / (Path(model).name + "-int4")
@@ -54,7 +65,7 @@ def measure(folder: Path, model: str) -> Found:
     # What the kept ratios are of: all of it at four bits, in blocks of 128.
     form += ["--calibrate", "none", "--block-size", "128", "--symmetric"]
     form += ["--keep", "lm_head=int4", "--keep", "embed_tokens=int4"]
-    if not (bundle / "manifest.json").exists():
+    if not readable(bundle):
         export = [*STILLGRAPH, "export", "bundle", "--model", model, *form, "--out", str(bundle)]
         subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
         subprocess.run(
@@ -73,13 +84,14 @@ def measure(folder: Path, model: str) -> Found:
 
 
 def grown(kept: Found, found: Found) -> list[str]:
-    """What is worse than it was, in words."""
-    return [
+    """What is worse than it was, in words, and what was not measured."""
+    worse = [
         f"{name}: {key} is {row[key]:.2f} and was {kept[name][key]:.2f}"
         for name, row in found.items()
         for key in row
         if name in kept and row[key] > TOLERANCE * kept[name].get(key, row[key])
     ]
+    return worse + [f"{name} was not measured" for name in kept if name not in found]
 
 
 def main() -> int:
