@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from stillgraph.cpu import available_cores
 from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exporter.bench.contender import ContenderSource
 from stillgraph.exporter.bench.interleave import Entry, check, ids_of, measure, prepare, sweep
 from stillgraph.exporter.bench.lineup import Subject, lineup, open_subject
 from stillgraph.exporter.bench.report import Machine, Profile, Report, Result, Setting, ratio
@@ -37,9 +38,13 @@ from stillgraph.exporter.bench.table import (
     told,
 )
 
+if TYPE_CHECKING:
+    from stillgraph.exporter.bench.quality import Scoring
+
 log = logging.getLogger("stillgraph")
 REFERENCES = ("torch", "dynamic")  # of --against; the first of them that ran is what ratios are over
 WORK = Path("artifacts/bench")
+Extent = Literal["none", "quick", "default", "full"]
 FILE_WIDTH = 200  # of tables where stdout is no terminal
 
 
@@ -51,7 +56,7 @@ def bench(
             "--against",
             help="Contenders by name, comma between, may be repeated: torch, torch-bf16, dynamic, portable, "
             "onnxruntime-int4, ...; +compiled or +unload behind; llama, genai, openvino; a bundle's folder; "
-            "or all. Default: torch,dynamic.",
+            "a GGUF file; or all. Default: torch,dynamic.",
             show_default=False,
         ),
     ] = None,
@@ -64,6 +69,12 @@ def bench(
         int | None, typer.Option(help="Default: every core this process may use.", min=1)
     ] = None,
     turns: Annotated[int, typer.Option(help="Counted runs of each, after one that is not.", min=1)] = 10,
+    quality: Annotated[
+        Extent, typer.Option(help="How much text for KL divergence from PyTorch fp32, as in validation.")
+    ] = "quick",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text of your own to measure that over, may be repeated.")
+    ] = None,
     image: Annotated[
         Path | None, typer.Option(help="A picture in the prompt, of a model that sees; its tokens count.")
     ] = None,
@@ -94,9 +105,10 @@ def bench(
     words = ",".join(REFERENCES if against_ is None else against_).split(",")
     names = [word.strip() for word in words if word.strip()]
     entries = _entries(subject, base, names, sweep_, work, model)
+    scoring = _scoring(subject, subject.source(work, model, base.ctx), text or (), quality)
     console = Console(stderr=True, quiet=quiet, highlight=False)
     console.print(f"probing memory of {bundle}", markup=False)
-    bench_run = Bench(subject, entries, turns, out or bundle / "reports", machine(base.threads))
+    bench_run = Bench(subject, entries, turns, out or bundle / "reports", machine(base.threads), scoring)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ran so far is still written
     try:
         bench_run.run(patience, console)
@@ -119,6 +131,7 @@ class Bench:
     turns: int
     out: Path
     machine: Machine
+    scoring: Scoring | None = None
     profiles: tuple[Profile, ...] = ()
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -131,6 +144,8 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         prepare(self.entries, say)
         measure(self.entries, self.subject.manifest.model, self.turns, patience, say, self.save)
+        if self.scoring is not None:
+            self.scoring.score(self.entries, say)
 
     def report(self) -> Report:
         results = tuple(entry.result() for entry in self.entries)
@@ -143,6 +158,7 @@ class Bench:
             reference=next((name for name in REFERENCES if name in ran), results[0].name),
             turns=self.turns,
             results=results,
+            texts=self.scoring.told() if self.scoring and any(r.quality for r in results) else None,
             profiles=self.profiles,
         )
 
@@ -186,6 +202,17 @@ def _entries(
         contenders = lineup(subject, subject.source(work, model, setting.ctx), names)
         entries += [Entry(contender, setting) for contender in contenders]
     return entries
+
+
+def _scoring(
+    subject: Subject, source: ContenderSource, texts: Sequence[Path], extent: Extent
+) -> Scoring | None:
+    """What to measure quality over. Raises StillgraphError for a text that cannot be read."""
+    if extent == "none":
+        return None
+    from stillgraph.exporter.bench.quality import scoring_of  # transformers come with it
+
+    return scoring_of(subject, source, texts, extent)
 
 
 def machine(threads: int) -> Machine:

@@ -13,6 +13,7 @@ from stillgraph.exporter.bench.contender import Contender
 from stillgraph.exporter.bench.process import Turn, TurnFailed, take_turn
 from stillgraph.exporter.bench.report import Result, Setting
 from stillgraph.exporter.bench.worker import Request
+from stillgraph.exporter.validate.divergences import Statistics
 from stillgraph.spec import ModelSpec, VisionSpec
 
 FIRST_ID = 10  # below it lie the special tokens of most vocabularies
@@ -22,13 +23,14 @@ Say = Callable[[str], None]
 
 @dataclass
 class Entry:
-    """A contender at a setting, and what is known of it so far."""
+    """A contender at a setting, and what is known of it so far; of its quality, or why there is none."""
 
     contender: Contender
     setting: Setting
     turns: list[Turn] = field(default_factory=list)
     warm: Turn | None = None
     note: str | None = None
+    quality: Statistics | str | None = None
 
     def result(self) -> Result:
         """What the report says of it."""
@@ -39,7 +41,8 @@ class Entry:
             exact=self.contender.exact,
             runs=tuple(turn.run for turn in self.turns),
             memory=self.warm.memory if self.warm else None,
-            note=self.note,
+            quality=self.quality if isinstance(self.quality, Statistics) else None,
+            note=self.note or (self.quality if isinstance(self.quality, str) else None),
         )
         return found.model_copy(update=self.warm.facts if self.warm else {})
 

@@ -12,6 +12,7 @@ from stillgraph.exporter.bench.variants import as_contender, base_name, form, su
 from stillgraph.manifest import MANIFEST, Manifest, read
 
 STAGE = "bench"
+GGUF = ".gguf"
 ALL = (
     "torch",
     "torch-bf16",
@@ -70,6 +71,8 @@ def lineup(found: Subject, source: ContenderSource, against: Sequence[str]) -> l
         named = [other for other in added if word in (other.name, other.group)]
         if not named and (ours := form(word, source)):
             named = [ours]
+        if not named and word.endswith(GGUF) and Path(word).is_file():
+            named = [_of_file(other, Path(word)) for other in added if other.model.endswith(GGUF)][:1]
         if not named and (Path(word) / MANIFEST).is_file():
             named = [_bundle(found, Path(word))]
         if not named and word in ALL:  # of a package that is not installed
@@ -77,7 +80,9 @@ def lineup(found: Subject, source: ContenderSource, against: Sequence[str]) -> l
             named = [Contender(word, word, word, Path(), "", missing=remedy)]
         if not named:
             known = ", ".join(["all", *ALL, *(other.name for other in added if other.name not in ALL)])
-            raise StillgraphError(STAGE, f"--against {word!r} is not a contender", f"use a bundle or {known}")
+            raise StillgraphError(
+                STAGE, f"--against {word!r} is not a contender", f"use a bundle, a GGUF file or {known}"
+            )
         chosen += [contender for contender in named if contender.name not in {c.name for c in chosen}]
     return chosen
 
@@ -91,6 +96,12 @@ def _subject_at(found: Subject, source: ContenderSource) -> Contender:
         problem = f"{found.bundle} has a ctx of {found.ctx}, and '{name}' cannot be made for {source.ctx}"
         raise StillgraphError(STAGE, problem, "leave out --sweep ctx, or export it with that --ctx")
     return other
+
+
+def _of_file(made: Contender, file: Path) -> Contender:
+    """llama.cpp with a GGUF file that is there, in place of one that it makes."""
+    path = file.resolve()
+    return replace(made, name=file.name, label=f"llama.cpp {file.stem}", model=str(path), prepare=())
 
 
 def _bundle(found: Subject, bundle: Path) -> Contender:

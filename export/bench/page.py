@@ -27,6 +27,12 @@ GLOSSARY = (
     ),
     ("weights, cache", "bytes of the weights on disk; of keys and values at ctx"),
     (
+        "KL",
+        "mean KL divergence of the next token's distribution from PyTorch fp32, in nats; 99 %: percentile",
+    ),
+    ("same top", "share of tokens whose most probable next one is PyTorch's"),
+    ("perplexity", "of the text; in brackets over that of PyTorch fp32"),
+    (
         "ratio",
         "median over turns of this contender's figure over the reference's: below 1 is less time or memory",
     ),

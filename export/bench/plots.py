@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bench.frontier import quality_over_speed
 from stillgraph.exporter.bench.measures import (
     SWEPT,
     Measure,
@@ -52,7 +53,12 @@ def figures(report: Report) -> list[Plot]:
         ) from error
     with mpl.rc_context(style()):
         groups = {
-            "At one setting": [*_bars(report), *positions(report), *memory_over_time(report)],
+            "At one setting": [
+                *_bars(report),
+                *quality_over_speed(report),
+                *positions(report),
+                *memory_over_time(report),
+            ],
             "Over settings": list(_sweeps(report)),
             "Where the time goes": list(_profiles(report)),
         }

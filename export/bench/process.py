@@ -64,6 +64,17 @@ def wait_for_quiet(patience: float) -> None:
 
 
 def run_once(contender: Contender, request: Request, turn: int, sample: bool = False) -> Turn:
+    began, row, samples = launch(contender, request, sample)
+    if not sample:
+        return Turn(row, turn, None)
+    marks = tuple((1e3 * (at - began), what) for at, what in row["marks"])
+    return Turn(row, turn, MemoryTrace(samples=tuple(samples), marks=marks) if samples else None)
+
+
+def launch(
+    contender: Contender, request: Request, sample: bool = False
+) -> tuple[float, dict[str, Any], list[tuple[float, float]]]:
+    """When a process began, the row it printed, and its memory if asked. Raises TurnFailed."""
     command = [str(contender.python), str(HARNESS), str(contender.file), json.dumps(asdict(request))]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as complaints:
@@ -81,10 +92,7 @@ def run_once(contender: Contender, request: Request, turn: int, sample: bool = F
         row: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError):
         raise TurnFailed("it printed no result") from None
-    if not sample:
-        return Turn(row, turn, None)
-    marks = tuple((1e3 * (at - began), what) for at, what in row["marks"])
-    return Turn(row, turn, MemoryTrace(samples=tuple(samples), marks=marks) if samples else None)
+    return began, row, samples
 
 
 def watch(process: subprocess.Popen[Any], began: float, sample: bool) -> list[tuple[float, float]]:

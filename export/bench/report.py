@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from stillgraph.exporter.validate.divergences import Statistics
 from stillgraph.spec import Frozen
 
 Phase = Literal["load", "first request", "request"]
@@ -78,7 +79,8 @@ class Result(Frozen):
 
     weights_mb: bytes of its weights on disk. cache_mb: of its keys and values at `ctx`. read_mb: bytes of
     weights that a decode step reads. exact: computes in fp32 with the checkpoint's own weights, so that its
-    tokens are to equal those of every other exact contender. None for what is not known.
+    tokens are to equal those of every other exact contender. quality: against PyTorch fp32, over
+    `Report.texts`. None for what is not known.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Result(Frozen):
     read_mb: float | None = None
     runs: tuple[Run, ...] = ()
     memory: MemoryTrace | None = None
+    quality: Statistics | None = None
     note: str | None = None
 
     def values(self, measure: Callable[[Run], float | None]) -> list[float]:
@@ -155,7 +158,10 @@ class Profile(Frozen):
 
 
 class Report(Frozen):
-    """reports/bench.json. The first result is the bundle's own; `reference` names what ratios are over."""
+    """reports/bench.json. The first result is the bundle's own; `reference` names what ratios are over.
+
+    texts: what quality was measured over, in a sentence; None where it was not.
+    """
 
     date: str
     command: str
@@ -164,6 +170,7 @@ class Report(Frozen):
     reference: str
     turns: PositiveInt
     results: tuple[Result, ...]
+    texts: str | None = None
     profiles: tuple[Profile, ...] = ()
 
     def to_json(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stillgraph.exporter.bench.mermaid import charts
 from stillgraph.exporter.bench.process import DISTURBED
 from stillgraph.exporter.bench.report import Report, Result, Run, Setting, Spread, ratio, tpot_percentile
+from stillgraph.exporter.validate.divergences import Statistics
 
 NOTHING = "-"
 BRIEF = (
@@ -19,6 +20,8 @@ BRIEF = (
     "PSS MB",
     "TTFT ratio",
     "TPOT ratio",
+    "KL nats",
+    "same top",
     "same tokens",
     "note",
 )
@@ -67,6 +70,7 @@ def markdown(report: Report) -> str:
         lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
         lines.insert(1, "|---" * len(head) + "|")
         parts.append("\n".join([told(setting) + ":\n", *lines]))
+    parts += [report.texts] if report.texts else []
     parts += charts(report)
     machine = report.machine
     parts.append(
@@ -135,10 +139,25 @@ def _columns(report: Report) -> list[Column]:
         Column("TTFT ratio", lambda r, report: _ratio(r, report, lambda run: run.ttft_ms)),
         Column("TPOT ratio", lambda r, report: _ratio(r, report, _tpot)),
         Column("PSS ratio", lambda r, report: _ratio(r, report, lambda run: run.peak_pss_mb)),
+        *(_quality() if any(result.quality for result in report.results) else []),
         Column("same tokens", _same),
     ]
     note = Column("note", lambda r, _: _note(r, report.turns))
     return [Column("contender", lambda r, _: r.label), *time, *memory, *compared, note]
+
+
+def _quality() -> list[Column]:
+    """Of the texts: see `Statistics`."""
+
+    def column(heading: str, of: Callable[[Statistics], str]) -> Column:
+        return Column(heading, lambda r, _: of(r.quality) if r.quality else None)
+
+    return [
+        column("KL nats", lambda q: f"{q.kl.value:.2g}"),
+        column("KL 99 %", lambda q: f"{q.kl_percentiles[99.0]:.2g}"),
+        column("same top", lambda q: f"{q.same_top.value:.1%}"),
+        column("perplexity", lambda q: f"{q.perplexity.value:.2f} ({q.ratio.value:.3f})"),
+    ]
 
 
 def _tpot(run: Run) -> float | None:

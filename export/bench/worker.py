@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,8 @@ class Request:
 
     model: a file or folder of its own kind; ids: the prompt; tokens: how many to make; options: words of its
     own kind, such as {"dtype": "bfloat16"}; image: path of a picture whose image tokens are among the ids,
-    only for contenders that see.
+    only for contenders that see. logits: a file for the logits over the texts, which is then all that is
+    asked; texts: ids of each.
     """
 
     model: str
@@ -41,6 +42,8 @@ class Request:
     ctx: int
     options: dict[str, str]
     image: str | None = None
+    logits: str | None = None
+    texts: list[list[int]] = field(default_factory=list)
 
 
 class LoadedContender(Protocol):
@@ -57,12 +60,20 @@ class LoadedContender(Protocol):
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         """`count` greedy tokens after a prompt that is computed whole; stop tokens do not stop it."""
 
+    def logits(self, ids: list[int], first: int) -> Iterator[Any]:
+        """A float32 array [V] after each of ids[first:]: all before is a prompt, then it is token by token.
+
+        A contender may lack this method.
+        """
+
 
 def main(file: str, request: Request) -> dict[str, Any]:
     """Load, warm up, measure: one row. TTFT is of several requests, of which all but the last end there."""
     began = time.monotonic()
     sys.path[0] = str(Path(file).resolve().parent)  # a contender finds its neighbors, not those of this file
     contender: LoadedContender = runpy.run_path(file)["open_contender"](request)
+    if request.logits is not None:
+        return write_logits(contender, request.texts, Path(request.logits))
     marks = [(began, "load"), (time.monotonic(), "first request")]
     loaded = pss_mb()
     first = measure(contender, request.ids, min(WARM_UP, request.tokens), marks)
@@ -80,6 +91,19 @@ def main(file: str, request: Request) -> dict[str, Any]:
         "marks": marks,
         "facts": contender.facts,
     }
+
+
+def write_logits(contender: LoadedContender, texts: list[list[int]], path: Path) -> dict[str, Any]:
+    """Those of the second half of each text, less its last token, one after another: [n, V]."""
+    if not hasattr(contender, "logits"):
+        return {"rows": 0}
+    rows = 0
+    with path.open("wb") as file:
+        for ids in texts:
+            for logits in contender.logits(ids[:-1], len(ids) // 2):
+                file.write(memoryview(logits).cast("B"))
+                rows += 1
+    return {"rows": rows}
 
 
 def measure(

@@ -73,7 +73,7 @@ def measure(folder: Path, model: str) -> Found:
         )
     against, ratios = ("torch", SMALL) if model == "demo" else ("torch,portable", RATIOS)
     bench = [*STILLGRAPH, "bench", str(bundle), "--against", against, "--turns", "3", "--new-tokens", "24"]
-    bench += ["--work", str(folder), "--patience", "2", "--json"]
+    bench += ["--work", str(folder), "--patience", "2", "--quality", "none", "--json"]
     line = subprocess.run(bench, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
     rows = json.loads(line)["results"]
     for row in rows:

@@ -68,6 +68,8 @@ PEERS = (
         {
             "llama-q4_0.gguf": "llama.cpp Q4_0, embedding 8 bits",
             "llama-q4_0-embd4.gguf": "llama.cpp Q4_0, embedding too",
+            "llama-q4_k_m.gguf": "llama.cpp Q4_K_M",
+            "llama-iq4_nl.gguf": "llama.cpp IQ4_NL",
             "llama-q8_0.gguf": "llama.cpp Q8_0",
         },
         # Its AMX kernels crash at their first tile: https://github.com/ggml-org/llama.cpp/issues/20824

@@ -46,6 +46,15 @@ class Eager:
             cache, fed, seen = output.past_key_values, output.logits[:, -1:].argmax(-1), {}
             yield int(fed)
 
+    @torch.inference_mode()
+    def logits(self, ids: list[int], first: int) -> Iterator[Any]:
+        cache, start = None, 0
+        for end in range(first + 1, len(ids) + 1):
+            fed = torch.tensor([ids[start:end]])
+            output = self.model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, start = output.past_key_values, end
+            yield output.logits[0, -1].float().numpy()
+
     def seen(self, ids: list[int]) -> dict[str, Any]:
         """The picture, read and preprocessed by transformers, as the features that the model takes."""
         processor = transformers.AutoImageProcessor.from_pretrained(self.folder, backend="pil")

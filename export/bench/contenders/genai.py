@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime_genai as og
 from transformers4 import folder_for_transformers4, folder_mb
 
@@ -40,13 +41,23 @@ class Genai:
         return {"model": {"eos_token_id": [-1], "decoder": {"session_options": session}}}
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
-        params = og.GeneratorParams(self.model)
-        params.set_search_options(max_length=self.ctx, do_sample=False)
-        generator = og.Generator(self.model, params)
+        generator = self._generator()
         generator.append_tokens(ids)
         for _ in range(count):
             generator.generate_next_token()
             yield int(generator.get_next_tokens()[0])
+
+    def logits(self, ids: list[int], first: int) -> Iterator[Any]:
+        generator, start = self._generator(), 0
+        for end in range(first + 1, len(ids) + 1):
+            generator.append_tokens(ids[start:end])
+            start = end
+            yield np.ascontiguousarray(generator.get_output("logits")[0, -1], np.float32)
+
+    def _generator(self) -> og.Generator:
+        params = og.GeneratorParams(self.model)
+        params.set_search_options(max_length=self.ctx, do_sample=False)
+        return og.Generator(self.model, params)
 
 
 def prepare(checkpoint: Path, models: Path) -> None:

@@ -37,17 +37,28 @@ class Intel:
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
         self.request.reset_state()
-        fed, seen = np.array([ids], np.int64), 0
+        fed, seen = ids, 0
         for _ in range(count):
-            length = seen + fed.shape[1]
-            feed = {"input_ids": fed, "attention_mask": np.ones((1, length), np.int64)}
-            feed["position_ids"] = np.arange(seen, length, dtype=np.int64)[None]
-            feed["beam_idx"] = np.zeros(1, np.int32)
-            feed = {name: value for name, value in feed.items() if name in self.inputs}
-            self.request.infer(feed, share_inputs=True)
-            token = int(self.request.get_tensor("logits").data[0, -1].argmax())
+            token = int(self._feed(fed, seen).argmax())
             yield token
-            fed, seen = np.array([[token]], np.int64), length
+            fed, seen = [token], seen + len(fed)
+
+    def logits(self, ids: list[int], first: int) -> Iterator[Any]:
+        self.request.reset_state()
+        yield self._feed(ids[: first + 1], 0)
+        for seen in range(first + 1, len(ids)):
+            yield self._feed(ids[seen : seen + 1], seen)
+
+    def _feed(self, ids: list[int], seen: int) -> np.ndarray:
+        """Logits [V] after ids that follow `seen` others; the next call overwrites them."""
+        length = seen + len(ids)
+        feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
+        feed["position_ids"] = np.arange(seen, length, dtype=np.int64)[None]
+        feed["beam_idx"] = np.zeros(1, np.int32)
+        feed = {name: value for name, value in feed.items() if name in self.inputs}
+        self.request.infer(feed, share_inputs=True)
+        found: np.ndarray = self.request.get_tensor("logits").data[0, -1]
+        return found
 
 
 def last_logits_alone(model: openvino.Model) -> None:

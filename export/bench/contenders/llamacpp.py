@@ -1,6 +1,6 @@
 """llama.cpp through the C interface of llama-cpp-python, as one contender; and the GGUF files it takes.
 
-python llamacpp.py prepare CHECKPOINT MODELS    # llama-bf16, -q4_0, -q4_0-embd4, -q8_0 .gguf
+python llamacpp.py prepare CHECKPOINT MODELS    # llama-source.gguf, and one of each of QUANTIZED
 """
 
 from __future__ import annotations
@@ -32,6 +32,23 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+OF_LLAMA = {
+    "post_attention_layernorm": "ffn_norm"
+}  # before the feed-forward there, behind attention in Gemma 3
+TABLES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+Q4_0 = 2  # GGML_TYPE_Q4_0
+QUANTIZED = {  # by name: the type, and that of the embedding and head where it is not llama.cpp's default
+    "q4_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, None),
+    "q4_0-embd4": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, Q4_0),
+    "q4_k_m": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, None),
+    "iq4_nl": (llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL, None),
+    "q8_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, None),
+}
 
 
 class Llama:
@@ -60,15 +77,24 @@ class Llama:
         }
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+        self._clear()
         fed = ids
         for _ in range(count):
-            token = self._decode(fed)
+            token = int(self._decode(fed).argmax())
             yield token
             fed = [token]
 
-    def _decode(self, ids: list[int]) -> int:
-        """Feed ids after those in the cache, 512 at a time: the most probable next token."""
+    def logits(self, ids: list[int], first: int) -> Iterator[Any]:
+        self._clear()
+        yield self._decode(ids[: first + 1])
+        for token in ids[first + 1 :]:
+            yield self._decode([token])
+
+    def _clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+
+    def _decode(self, ids: list[int]) -> np.ndarray:
+        """Feed ids after those in the cache, 512 at a time: logits [V], which the next call overwrites."""
         for start in range(0, len(ids), 512):
             chunk = ids[start : start + 512]
             array = (llama_cpp.llama_token * len(chunk))(*chunk)
@@ -76,7 +102,8 @@ class Llama:
             if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(array, len(chunk))):
                 raise SystemExit("llama_decode failed")
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
+        found: np.ndarray = np.ctypeslib.as_array(logits, shape=(self.vocab,))
+        return found
 
 
 @llama_cpp.llama_log_callback
@@ -89,8 +116,8 @@ def silence() -> None:
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
 
 
-def tensors(checkpoint: Path) -> Iterator[tuple[str, Any]]:
-    """Name and bfloat16 bits (uint16) of each tensor of a folder's safetensors, mapped."""
+def tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of each tensor of a folder's safetensors, mapped; bfloat16 as its bits, uint16."""
     for file in sorted(checkpoint.glob("*.safetensors")):
         data = np.memmap(file, np.uint8, "r")
         size = int.from_bytes(data[:8].tobytes(), "little")
@@ -98,75 +125,112 @@ def tensors(checkpoint: Path) -> Iterator[tuple[str, Any]]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            if entry["dtype"] != "BF16":
-                raise SystemExit(f"{name} is {entry['dtype']}, this script takes BF16 alone")
+            if entry["dtype"] not in DTYPES:
+                raise SystemExit(f"{name} is {entry['dtype']}, this script takes {', '.join(DTYPES)} alone")
             start, end = (8 + size + at for at in entry["data_offsets"])
-            yield name, data[start:end].view(np.uint16).reshape(entry["shape"])
+            yield name, data[start:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def write_gguf(checkpoint: Path, target: Path) -> None:
-    """A Gemma 3 checkpoint as GGUF in bfloat16, without a vocabulary: it is fed with ids."""
+    """A Gemma 3 or Llama checkpoint as GGUF, in its own dtype, without a vocabulary: it is fed with ids."""
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(target, "gemma3")
+    kind = {"gemma3_text": "gemma3", "llama": "llama"}.get(config["model_type"])
+    if kind is None:
+        raise SystemExit(f"this script writes no GGUF of a {config['model_type']}")
+    writer = gguf.GGUFWriter(target, kind)
     _add_config(writer, config)
-    for name, bits in tensors(checkpoint):
-        stem, norm = gguf_name(name), name.endswith("norm.weight")
-        if norm:  # llama.cpp multiplies by the weight, Gemma 3 by 1 + weight
-            widened = (bits.astype(np.uint32) << 16).view(np.float32)
-            writer.add_tensor(stem, widened + 1)
+    for name, values in tensors(checkpoint):
+        stem, gemma = gguf_name(name, kind), kind == "gemma3"
+        if name.endswith("norm.weight"):  # llama.cpp multiplies by the weight, Gemma 3 by 1 + weight
+            writer.add_tensor(stem, np.ascontiguousarray(_widened(values) + gemma))
+        elif values.dtype == np.uint16:
+            rows = values if gemma else _paired(name, values, config)
+            writer.add_tensor(stem, rows.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            kind = gguf.GGMLQuantizationType.BF16
-            writer.add_tensor(stem, bits.view(np.uint8), raw_dtype=kind)
+            writer.add_tensor(stem, values if gemma else _paired(name, values, config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def _widened(values: np.ndarray) -> np.ndarray:
+    """As float32."""
+    if values.dtype != np.uint16:
+        return values.astype(np.float32)
+    wide: np.ndarray = (values.astype(np.uint32) << 16).view(np.float32)
+    return wide
+
+
+def _paired(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+    """Rows in the order of a Llama's GGUF, whose RoPE turns neighbors where transformers turns halves."""
+    heads = {
+        "q_proj.weight": config["num_attention_heads"],
+        "k_proj.weight": config["num_key_value_heads"],
+    }
+    count = heads.get(".".join(name.split(".")[-2:]))
+    if count is None:
+        return values
+    split = values.reshape(count, 2, values.shape[0] // count // 2, values.shape[1])
+    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(values.shape)
+
+
 def _add_config(writer: Any, config: dict[str, Any]) -> None:
-    kinds = ["full" if (i + 1) % PERIOD == 0 else "sliding" for i in range(config["num_hidden_layers"])]
-    scalar = config["query_pre_attn_scalar"] == config["head_dim"]
-    if [kind.split("_")[0] for kind in config["layer_types"]] != kinds or not scalar:
-        raise SystemExit("llama.cpp takes full layers at every sixth place and a scale of head_dim alone")
-    rope = config["rope_parameters"]
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
+    writer.add_key_length(head)
+    writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    (_add_gemma if config["model_type"] == "gemma3_text" else _add_llama)(writer, config, head)
+
+
+def _add_gemma(writer: Any, config: dict[str, Any], head: int) -> None:
+    kinds = ["full" if (i + 1) % PERIOD == 0 else "sliding" for i in range(config["num_hidden_layers"])]
+    if [kind.split("_")[0] for kind in config["layer_types"]] != kinds or config[
+        "query_pre_attn_scalar"
+    ] != head:
+        raise SystemExit("llama.cpp takes full layers at every sixth place and a scale of head_dim alone")
+    rope = config["rope_parameters"]
     writer.add_sliding_window(config["sliding_window"])
     writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
     writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
-    writer.add_file_type(32)  # mostly bfloat16
 
 
-def gguf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
-    known = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    if name in known:
-        return known[name]
+def _add_llama(writer: Any, config: dict[str, Any], head: int) -> None:
+    rope = config["rope_parameters"]
+    if rope.get("rope_type", "default") != "default" or config.get("attention_bias"):
+        raise SystemExit("this script takes a Llama with plain RoPE and without biases")
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope["rope_theta"])
+
+
+def gguf_name(name: str, kind: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight; kind: of model, as GGUF calls it."""
+    if name in TABLES:
+        return TABLES[name]
+    names = NAMES | (OF_LLAMA if kind == "llama" else {})
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+    return f"blk.{layer}.{names[rest.removesuffix('.weight')]}.weight"
 
 
 def prepare(checkpoint: Path, models: Path) -> None:
     """Write the GGUF and quantize it: q4_0 keeps the embedding at 8 bits, which is llama.cpp's default."""
     silence()
-    source = models / "llama-bf16.gguf"
+    source = models / "llama-source.gguf"
     write_gguf(checkpoint, source)
-    q4, q8 = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
-    for name, kind, embedding in (("q4_0", q4, None), ("q4_0-embd4", q4, 2), ("q8_0", q8, None)):
+    for name, (kind, embedding) in QUANTIZED.items():
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype = kind
-        if embedding is not None:  # GGML_TYPE_Q4_0; the tied head is the same tensor
+        if embedding is not None:  # the tied head is the same tensor
             params.token_embedding_type = params.output_tensor_type = embedding
         target = models / f"llama-{name}.gguf"
         beside = target.with_suffix(".part")  # a file that exists is complete

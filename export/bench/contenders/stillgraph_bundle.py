@@ -42,6 +42,9 @@ class Ours:
         steps = self.engine.stream(ids, images=self.images, max_new_tokens=count, stop_tokens=())
         return (step.token for step in steps)
 
+    def logits(self, ids: list[int], first: int) -> Iterator[Any]:
+        return self.engine.logits(ids, start=first)
+
 
 def weights_mb(manifest: Manifest, bundle: Path, compiled: bool) -> float:
     """The weights file, and with it what 'compile' wrote beside it."""

@@ -18,9 +18,12 @@ def folder_for_transformers4(checkpoint: Path, models: Path) -> Path:
             link.symlink_to(file.resolve())
     config = json.loads((checkpoint / OTHER_FILES[0]).read_text(encoding="utf-8"))
     rope = config.pop("rope_parameters")
-    config["rope_theta"] = rope["full_attention"]["rope_theta"]
-    config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    config["sliding_window_pattern"] = config.pop("_sliding_window_pattern", 6)
+    if "full_attention" in rope:  # Gemma 3
+        config["rope_theta"] = rope["full_attention"]["rope_theta"]
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        config["sliding_window_pattern"] = config.pop("_sliding_window_pattern", 6)
+    else:
+        config["rope_theta"] = rope["rope_theta"]
     (folder / OTHER_FILES[0]).write_text(json.dumps(config, indent=2), encoding="utf-8")
     tokenizer = json.loads((checkpoint / OTHER_FILES[1]).read_text(encoding="utf-8"))
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
