@@ -223,7 +223,7 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers import modeling_utils
 
 def attributes():
-    owners = [modeling_gemma3, modeling_utils, torch, torch.Tensor, torch.nn.functional]
+    owners = [modeling_gemma3, modeling_utils, torch, torch.Tensor, torch.nn.functional, torch.nn.Linear]
     owners += [value for value in vars(modeling_gemma3).values() if isinstance(value, type)]
     return {{(id(owner), name): id(value) for owner in owners for name, value in list(vars(owner).items())}}
 

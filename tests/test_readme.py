@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,15 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_and_their_options_exist(command: str) -> None:
     words = shlex.split(command)[1:]
-    verbs = words[:2] if words[0] == "export" else words[:1]
-    help_text = subprocess.run(
-        [sys.executable, "-m", "stillgraph", *verbs, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    ).stdout
+    help_text = help_of(*(words[:2] if words[0] == "export" else words[:1]))
     for option in (word for word in words if word.startswith("-")):
         assert option in help_text
+
+
+@cache
+def help_of(*verbs: str) -> str:
+    command = [sys.executable, "-m", "stillgraph", *verbs, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -21,9 +21,9 @@ from stillgraph.exporter.bench.worker import Request
 from stillgraph.exporter.checkpoint_folder import SHIPPED
 from stillgraph.exporter.texts.passages import default_texts, read_texts
 from stillgraph.exporter.validate.cases import Depth
+from stillgraph.exporter.validate.chunks import EXTENTS, Chunks, cut
 from stillgraph.exporter.validate.divergences import Statistics, summarize
 from stillgraph.exporter.validate.metrics import diverge
-from stillgraph.exporter.validate.quality import EXTENTS, Chunks, cut
 
 REFERENCE = "torch"
 Say = Callable[[str], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,9 +13,11 @@ from tokenizers import Tokenizer
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.texts.passages import Text
 from stillgraph.exporter.validate import image
-from stillgraph.exporter.validate.report import TextKind
 from stillgraph.manifest import GraphEntry, Manifest
 from stillgraph.spec import ModelSpec
+
+if TYPE_CHECKING:  # it brings torch, and the bench takes chunks of texts without it
+    from stillgraph.exporter.validate.report import TextKind
 
 STEPS = 3  # decode steps after each prompt
 WRITTEN_BYTES = 3_000_000_000  # of weights that are evaluated as written: they are in memory twice

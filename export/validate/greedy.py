@@ -15,9 +15,9 @@ import torch
 from transformers import DynamicCache
 
 from stillgraph.exporter.validate.cases import continues, limit, max_len
+from stillgraph.exporter.validate.chunks import Chunks
 from stillgraph.exporter.validate.driver import GraphRun
 from stillgraph.exporter.validate.kinds import FirstDifferences
-from stillgraph.exporter.validate.quality import Chunks
 from stillgraph.manifest import Manifest
 
 PROMPTS = 50

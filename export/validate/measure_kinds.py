@@ -13,9 +13,10 @@ from stillgraph.exporter.checkpoint_folder import DEMO
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.texts.passages import Text
 from stillgraph.exporter.validate.cases import Depth, rows
+from stillgraph.exporter.validate.chunks import EXTENTS, Chunks, cut
 from stillgraph.exporter.validate.greedy import Continuations, continued, first_differences, passages
 from stillgraph.exporter.validate.kinds import Counted, FirstDifferences, Kind, Peak, TokenizerCount
-from stillgraph.exporter.validate.quality import EXTENTS, Chunks, TextRun, cost, cut, originals, run_texts
+from stillgraph.exporter.validate.quality import TextRun, cost, originals, run_texts
 from stillgraph.exporter.validate.recall import recall
 from stillgraph.exporter.validate.report import CaseResult, worst_of
 from stillgraph.manifest import Manifest, Quality

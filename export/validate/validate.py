@@ -31,6 +31,7 @@ from stillgraph.exporter.validate.cases import (
     text_ids,
     written,
 )
+from stillgraph.exporter.validate.chunks import EXTENTS
 from stillgraph.exporter.validate.dynamic_replay import dynamic_replay
 from stillgraph.exporter.validate.fake_quantize import dequantize
 from stillgraph.exporter.validate.gates import Gate, gate, why
@@ -39,7 +40,6 @@ from stillgraph.exporter.validate.image import with_picture, without_pictures
 from stillgraph.exporter.validate.kinds import Peak
 from stillgraph.exporter.validate.measure_kinds import Measured, count_tokenizer, measure
 from stillgraph.exporter.validate.page import write_page
-from stillgraph.exporter.validate.quality import EXTENTS
 from stillgraph.exporter.validate.reference import Reference, exact_reference, reference
 from stillgraph.exporter.validate.replay import Replay
 from stillgraph.exporter.validate.report import Agreement, CaseResult, Parity, TextKind, agree

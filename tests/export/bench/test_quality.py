@@ -21,7 +21,7 @@ from stillgraph.exporter.bench.report import Report, Result, Run, Setting
 from stillgraph.exporter.bench.table import brief, brief_columns
 from stillgraph.exporter.bench.variants import subject
 from stillgraph.exporter.checkpoint import open_checkpoint
-from stillgraph.exporter.validate.quality import Chunks
+from stillgraph.exporter.validate.chunks import Chunks
 from stillgraph.manifest import read
 
 BASE = Setting(prompt_tokens=4, new_tokens=4, ctx=64, threads=1)

@@ -10,9 +10,9 @@ import torch
 
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.validate import greedy
+from stillgraph.exporter.validate.chunks import Chunks
 from stillgraph.exporter.validate.greedy import Continuations, continued, first_differences, passages
 from stillgraph.exporter.validate.kinds import FirstDifferences
-from stillgraph.exporter.validate.quality import Chunks
 from stillgraph.manifest import read
 
 Bundle = Callable[..., Path]

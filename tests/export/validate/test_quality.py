@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.precisions import PRECISIONS
 from stillgraph.exporter.texts.passages import Text
+from stillgraph.exporter.validate.chunks import Extent, cut
 from stillgraph.exporter.validate.driver import GraphRun
 from stillgraph.exporter.validate.gates import rounded_bound
 from stillgraph.exporter.validate.measure_kinds import measure
-from stillgraph.exporter.validate.quality import Extent, TextRun, cut, originals, run_texts
+from stillgraph.exporter.validate.quality import TextRun, originals, run_texts
 from stillgraph.exporter.validate.report import Parity
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.manifest import Quality, read
