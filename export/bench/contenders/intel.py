@@ -5,6 +5,7 @@ python intel.py prepare CHECKPOINT MODELS    # openvino-int4 and openvino-int4-a
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,9 @@ def last_logits_alone(model: openvino.Model) -> None:
 
 def prepare(checkpoint: Path, models: Path) -> None:
     source = folder_for_transformers4(checkpoint, models)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    rows = [config[name] for name in ("hidden_size", "intermediate_size")]
+    group = str(next(size for size in (128, 64, 32) if not any(row % size for row in rows)))
     for form, options in FORMS.items():
         beside = models / f"openvino-{form}.part"  # a folder that exists is complete
         export = [
@@ -85,7 +89,7 @@ def prepare(checkpoint: Path, models: Path) -> None:
             "-m",
             str(source),
         ]
-        export += ["--task", "text-generation-with-past", "--weight-format", "int4", "--group-size", "128"]
+        export += ["--task", "text-generation-with-past", "--weight-format", "int4", "--group-size", group]
         subprocess.run(
             [*export, "--ratio", "1.0", *options, str(beside)], check=True, stdout=subprocess.DEVNULL
         )
