@@ -11,6 +11,7 @@ from markupsafe import Markup
 from stillgraph.exporter.bench.measures import Measure, at_first_setting, memory_measure, swept, tpot, ttft
 from stillgraph.exporter.bench.plots import figures
 from stillgraph.exporter.bench.report import Report, Result, ratio
+from stillgraph.exporter.validate.divergences import Statistics
 
 GLOSSARY = (
     ("TTFT", "time to first token: from the request to its first token, in ms; of a run, of three requests"),
@@ -79,9 +80,10 @@ def headline(report: Report) -> str:
     if not said:
         return f"{own.label} and {reference.label} share no turn to compare."
     name, measure = memory_measure([own, reference])
-    return (
-        f"{own.label} is {' and '.join(said)} as {reference.label}{_memory(own, reference, name, measure)}."
+    faster = (
+        f"{own.label} is {' and '.join(said)} as {reference.label}{_memory(own, reference, name, measure)}"
     )
+    return f"{faster}; {_nearness(own.quality)}." if own.quality else f"{faster}."
 
 
 def _times(own: Result, reference: Result, measure: Measure, what: str) -> str | None:
@@ -89,6 +91,11 @@ def _times(own: Result, reference: Result, measure: Measure, what: str) -> str |
     if not share:
         return None
     return f"{1 / share:.2f} times as fast {what}"
+
+
+def _nearness(quality: Statistics) -> str:
+    same, kl = quality.same_top.value, quality.kl.value
+    return f"{same:.0%} of its best tokens are those of PyTorch fp32, and the KL divergence is {kl:.2g} nats"
 
 
 def _memory(own: Result, reference: Result, name: str, measure: Measure) -> str:

@@ -16,8 +16,10 @@ from stillgraph.exporter.bench.contenders.catalog import find
 from stillgraph.exporter.bench.frontier import frontier, quality_over_speed
 from stillgraph.exporter.bench.interleave import Entry
 from stillgraph.exporter.bench.lineup import open_subject
+from stillgraph.exporter.bench.page import headline
 from stillgraph.exporter.bench.quality import Scoring, compare, logits_of, scoring_of
 from stillgraph.exporter.bench.report import Report, Result, Run, Setting
+from stillgraph.exporter.bench.style import svg
 from stillgraph.exporter.bench.table import brief, brief_columns
 from stillgraph.exporter.bench.variants import subject
 from stillgraph.exporter.checkpoint import open_checkpoint
@@ -161,10 +163,15 @@ def test_the_table_and_the_plot_show_it(make_report) -> None:
     assert "over a text" in text
     edge, *points = figure.axes[0].get_lines()
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in points] == [
-        (5.0, 1e-6),
+        (5.0, 1e-4),
         (2.0, pytest.approx(0.25 * math.log(2), rel=1e-6)),
     ]
     assert list(edge.get_xdata()) == [2.0, 5.0]
+    assert "$" not in svg(figure, "f")
+    said = headline(make_report(wrong, exact).model_copy(update={"reference": "a"}))
+    assert said.endswith(
+        "; 0% of its best tokens are those of PyTorch fp32, and the KL divergence is 0.17 nats."
+    )
     assert Report.model_validate_json(report.to_json()) == report
     none = make_report(bare)
     assert "KL nats" not in brief_columns(none)
