@@ -15,6 +15,7 @@ BLOCK_SIZES = (32, 64, 128)
 # 0.006 in those of 32, most of it from activations, which are rounded in the same blocks; TPOT is 1.05 of
 # 128's, TTFT 1.22.
 BLOCK_SIZE: dict[Precision, int] = {"int8": 32, "int4": 64}
+SCALE_BITS = 32
 BUDGET = 5.5  # bits a weight, about what others take for a model of "four bits" that keeps its quality
 TABLES = ("embed_tokens", "lm_head")  # what int4 keeps at int8: a mistake there is in every token
 
@@ -39,16 +40,19 @@ def few_bits(
     asked = all_kept(keep)
     tables = {name: "int8" for name in TABLES if name not in asked} if four else {}
     calibration = calibration_of(calibrate) if four else None
+    symmetric = not (four if asymmetric is None else asymmetric)
     return Quantization(
         block_size=size,
-        symmetric=not (four if asymmetric is None else asymmetric),
+        symmetric=symmetric,
         keep=tables | asked,
         calibration=calibration,
-        budget=_budget(budget, precision, calibration),
+        budget=_budget(budget, precision, calibration, size, symmetric),
     )
 
 
-def _budget(budget: float | None, precision: Precision, calibration: str | None) -> float | None:
+def _budget(
+    budget: float | None, precision: Precision, calibration: str | None, size: int, symmetric: bool
+) -> float | None:
     if budget is None:
         return BUDGET if calibration else None
     if calibration is None:
@@ -58,6 +62,11 @@ def _budget(budget: float | None, precision: Precision, calibration: str | None)
     least, most = PRECISIONS["int4"].bits, PRECISIONS["int8"].bits
     assert least is not None
     assert most is not None
+    taken = least + (SCALE_BITS + (0 if symmetric else least)) / size
+    if least <= budget < taken:
+        form = f"blocks of {size} with scales" + ("" if symmetric else " and zero points")
+        problem = f"--budget {budget:g} is under the {taken:.4g} bits that {form} take"
+        raise StillgraphError(STAGE, problem, "give more, larger blocks or --symmetric")
     if not least <= budget <= most + 1:
         problem = f"--budget {budget:g} is no number of bits between {least} and {most + 1}"
         raise StillgraphError(STAGE, problem, f"give for example --budget {BUDGET}")

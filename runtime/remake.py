@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 # What is left out of the command, because an export takes it anyway.
-DEFAULTS = {"--target": "portable", "--precision": "fp32", "--block-size": 128, "--batch": 1, "--budget": 5.5}
+DEFAULTS = {"--target": "portable", "--precision": "fp32", "--batch": 1, "--budget": 5.5}
+OLD_BLOCK_SIZE = 128  # the default before format 4: who took it gets today's
 DEFAULTS |= {"--max-len": 128, "--ctx": 1024}
 
 
 def remaking_command(raw: Mapping[str, Any], bundle: Path) -> str:
-    """The `stillgraph export` of a manifest of format 1, 2 or 3, whatever it lacks."""
+    """The `stillgraph export` of a manifest of an older format, whatever it lacks."""
     shapes = [_dict(_dict(graph).get("shape")) for graph in _dict(raw.get("graphs")).values()]
     roles = {str(shape.get("role")) for shape in shapes}
     what = "dynamic" if "dynamic" in roles else "bundle"
@@ -34,18 +35,30 @@ def remaking_command(raw: Mapping[str, Any], bundle: Path) -> str:
 
 
 def _storage(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """How weights are stored. Format 1 had a block size alone; format 2 had another spelling."""
+    """How weights are stored. Format 1 had a block size alone; format 2 had another spelling.
+
+    Since format 4 a manifest says what four bits were calibrated with, a text by its hash; since then zero
+    points are the default of int4, and the block size is one of the precision.
+    """
     how = _dict(raw.get("quantization") or raw.get("quantisation"))
     keep = _dict(how.get("keep"))
+    size = how.get("block_size", raw.get("block_size"))
+    four = "calibration" in how and raw.get("precision") == "int4"
     return {
         "--target": raw.get("target"),
         "--precision": raw.get("precision"),
-        "--block-size": how.get("block_size", raw.get("block_size")),
-        "--asymmetric": how.get("symmetric") is False,
+        "--block-size": size if "calibration" in how or size != OLD_BLOCK_SIZE else None,
+        "--asymmetric": how.get("symmetric") is False and not four,
+        "--symmetric": how.get("symmetric") is True and four,
+        "--calibrate": _calibrate(how["calibration"]) if four else None,
         "--budget": how.get("budget"),
         "--keep": [f"{pattern}={precision}" for pattern, precision in keep.items()],
         "--fast-prefill": how.get("fast_prefill") is True,
     }
+
+
+def _calibrate(calibration: object) -> str | None:
+    return "none" if calibration is None else None if calibration == "samples" else "FILE"
 
 
 def _sizes(shapes: Sequence[Mapping[str, Any]], what: str) -> Iterator[tuple[str, Any]]:

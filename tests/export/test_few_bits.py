@@ -41,6 +41,25 @@ def test_a_folder_is_no_text(refused: Refused, tmp_path: Path) -> None:
         request(**VALUES | INT4 | {"calibrate": str(tmp_path)})
 
 
+@pytest.mark.parametrize(
+    ("budget", "form", "said"),
+    [
+        (4.5, {}, "--budget 4.5 is under the 4.562 bits that blocks of 64 with scales and zero points take"),
+        (
+            4.49,
+            {"asymmetric": False},
+            "--budget 4.49 is under the 4.5 bits that blocks of 64 with scales take",
+        ),
+        (5.1, {"block_size": 32}, "--budget 5.1 is under the 5.125 bits that blocks of 32"),
+    ],
+)
+def test_a_budget_that_nothing_fits_into_is_told(budget, form, said, refused) -> None:
+    with refused("export", said):
+        request(**VALUES | INT4 | form | {"budget": budget, "calibrate": "samples"})
+    found = request(**VALUES | INT4 | form | {"budget": budget + 0.1, "calibrate": "samples"})
+    assert found.quantization.budget == budget + 0.1
+
+
 def test_what_int4_is_calibrated_with(tmp_path: Path) -> None:
     text = LINES * 200
     (tmp_path / "text").write_text(text)

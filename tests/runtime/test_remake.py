@@ -14,6 +14,7 @@ from stillgraph.manifest import FORMAT_VERSION, read
 from stillgraph.remake import remaking_command
 
 NAMES = {1: ("slots", "quantisation"), 2: ("slots", "quantisation"), 3: ("max_len", "quantization")}
+NAMES[4] = NAMES[3]
 
 
 def old(version: int, roles: tuple[str, ...] = ("prefill", "decode"), **changes: Any) -> dict[str, Any]:
@@ -41,9 +42,15 @@ def quantized(version: int) -> dict[str, Any]:
     return old(version, **{NAMES[version][1]: how | {"fast_prefill": True}})
 
 
+def four_bits(**how: Any) -> dict[str, Any]:
+    form = {"block_size": 64, "symmetric": False, "keep": {"lm_head": "int8"}, "fast_prefill": False}
+    return old(4, precision="int4", quantization=form | {"calibration": "samples", "budget": 5.5} | how)
+
+
 START = ["stillgraph", "export", "bundle", "-m", "google/gemma-3-1b-it"]
 SIZES = ["--max-len", "64", "--batch", "2", "--ctx", "512"]
 STORED = ["--target", "onnxruntime", "--precision", "int8"]
+FOUR = [*STORED[:3], "int4"]
 FORM = ["--block-size", "32", "--asymmetric"]
 KEPT = ["--keep", "lm_head=int8", "--keep", "layers.[0-3]=fp32"]
 CASES: list[tuple[dict[str, Any], list[str]]] = [
@@ -54,6 +61,20 @@ CASES: list[tuple[dict[str, Any], list[str]]] = [
         quantized(3) | {"quantisation": {"block_size": 64}},
         [*START, *SIZES, *STORED, *FORM, *KEPT, "--fast-prefill"],
     ),
+    (four_bits(), [*START, *SIZES, *FOUR, "--block-size", "64", *KEPT[:2]]),
+    (
+        four_bits(calibration=None, budget=None, symmetric=True, block_size=128),
+        [*START, *SIZES, *FOUR, "--block-size", "128", "--symmetric", "--calibrate", "none", *KEPT[:2]],
+    ),
+    (
+        four_bits(calibration="0" * 64, budget=4.5),
+        [*START, *SIZES, *FOUR, "--block-size", "64", "--calibrate", "FILE", "--budget", "4.5", *KEPT[:2]],
+    ),
+    (
+        old(4, quantization={"block_size": 128, "symmetric": True, "calibration": None}),
+        [*START, *SIZES, *STORED, "--block-size", "128"],
+    ),
+    (old(3, block_size=128), [*START, *SIZES, *STORED]),
     (old(3, ("vision", "prefill", "decode")), [*START, *SIZES, *STORED]),
     (old(3, ("dynamic",)), ["stillgraph", "export", "dynamic", *START[3:], "--ctx", "512"]),
     (old(3, graphs={}, target="portable", precision="fp32", source={"id": "demo"}), [*START[:4], "demo"]),
