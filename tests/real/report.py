@@ -20,6 +20,7 @@ from stillgraph import Engine
 from tests.real.fetch import PLACE
 
 ROOT = Path(__file__).parents[2]
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 TABLES = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
 BUNDLES = ("fp32", "int8", "int4")
 TOKENS = 48
@@ -93,6 +94,8 @@ def write_table(name: str) -> None:
     table = ROOT / "export" / "validate" / f"{TABLES[name]}.md"
     command = [sys.executable, "-m", "stillgraph", "validate", *bundles, "--quick", "--table", str(table)]
     subprocess.run(command, check=True)
+    _, rest = table.read_text(encoding="utf-8").split("\n", 1)  # the heading is the name of a folder
+    table.write_text(f"# {TITLES[name]}\n{rest}", encoding="utf-8")
 
 
 def write_texts() -> None:
