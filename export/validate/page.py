@@ -13,7 +13,7 @@ from markupsafe import Markup
 mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from stillgraph.exporter.validate.report import (
     AGREEMENT_COLUMNS,
@@ -145,7 +145,7 @@ def _figure(parity: Parity, plot: Callable[[Parity, Axes], None]) -> str:
     with mpl.rc_context({"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
                          "ytick.color": INK, "svg.fonttype": "none", "svg.hashsalt": "parity"}):  # fmt: skip
         figure, axes = plt.subplots(figsize=(9, 3.2))
-        figure.subplots_adjust(left=0.08, right=0.99, bottom=0.15, top=0.88)
+        figure.subplots_adjust(left=0.1, right=0.99, bottom=0.15, top=0.88)
         plot(parity, axes)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())  # as text: mathtext is most of drawing
@@ -178,5 +178,6 @@ def _plot_layers(parity: Parity, axes: Axes) -> None:
             worst = np.maximum(errors.max(axis=0), FLOOR)
             label = f"optimizations {'on' if optimized else 'off'}"
             axes.plot(range(len(worst)), worst, marker="o", markersize=4, color=color, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("worst relative error")
