@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stillgraph.cli import main
-from stillgraph.exporter.bench.contender import Contender, ContenderSource
+from stillgraph.exporter.bench.contender import Contender, ContenderSource, Making
 from stillgraph.exporter.bench.lineup import lineup, open_subject
 from stillgraph.exporter.bench.variants import form
 
@@ -85,6 +85,25 @@ def test_what_is_not_installed_is_a_row_with_its_remedy(bundle_of, others) -> No
 def test_an_unknown_name_is_refused(bundle_of, others, refused) -> None:
     with refused("bench", "'vllm'", "torch", "peer-a"):
         chosen(bundle_of(), "vllm")
+
+
+def test_a_gguf_of_ones_own_is_run_by_llama_cpp_and_not_made(
+    bundle_of, tmp_path, monkeypatch, refused
+) -> None:
+    own = tmp_path / "mine.Q4_K_M.gguf"
+    own.touch()
+    made = Contender(
+        "llama-q8_0", "llama.cpp Q8_0", "llama", Path("x"), "models/llama-q8_0.gguf",
+        prepare=(Making(Path("models/llama-q8_0.gguf"), ("false",)),),
+    )  # fmt: skip
+    monkeypatch.setattr("stillgraph.exporter.bench.lineup.others", lambda source: [made])
+    subject = open_subject(bundle_of())
+    source = subject.source(Path("work"), None, subject.ctx)
+    found = lineup(subject, source, [str(own)])[1]
+    assert (found.name, found.label) == ("mine.Q4_K_M.gguf", "llama.cpp mine.Q4_K_M")
+    assert (found.model, found.file, found.prepare) == (str(own), made.file, ())
+    with refused("bench", "missing.gguf", "a GGUF file"):
+        lineup(subject, source, [str(tmp_path / "missing.gguf")])
 
 
 def changed(bundle: Path, target: Path, change) -> Path:
