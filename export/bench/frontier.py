@@ -42,7 +42,7 @@ def quality_over_speed(report: Report) -> Drawn:
     axes.margins(0.06, 0.08)
     legend(figure, axes)
     text = (
-        "Left is faster, down is nearer to PyTorch fp32; none is both than one on the dashed line."
+        "Left is faster, down is nearer to PyTorch fp32; none beats in both what is on the dashed line."
         f" {report.texts or ''} What is below {LEAST:g} stands at it."
     )
     yield "Quality over speed", text, figure
