@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STAGE = "serve"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+AS_HEADERS = ("127.0.0.1", "[::1]", "localhost")  # as the Host header of a browser spells them
 
 
 def serve(
@@ -98,7 +99,7 @@ def _application(
     from stillgraph.serve.app import application
 
     loaded = [load(bundle, threads=threads) for _ in range(engines)]
-    pool, hosts = Pool(loaded, queue), list(LOOPBACK) if host in LOOPBACK else None
+    pool, hosts = Pool(loaded, queue), list(AS_HEADERS) if host in LOOPBACK else None
     return pool, application(pool, loaded[0], name or bundle.resolve().name, hosts, max_body << 20)
 
 

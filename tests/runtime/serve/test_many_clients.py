@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ import pytest
 
 from stillgraph.cli import main
 from stillgraph.loading import load
-from tests.runtime.serve.serving import PATIENCE, Served, serving, until
+from stillgraph.serve.command import _application
+from tests.runtime.serve.serving import JSON, PATIENCE, Served, serving, until
 from tests.runtime.test_one_at_a_time import Gate
 
 PROMPT = "Once"
@@ -129,3 +131,50 @@ def test_ctrl_c_ends_it_well(tiny_bundle) -> None:
     assert (status, process.returncode) == (200, 0)
     assert said.strip().endswith("stopped")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("[::1]:8000", 200),
+        ("[::1]", 200),
+        ("127.0.0.1:8000", 200),
+        ("localhost:1", 200),
+        ("::1", 400),
+        ("a", 400),
+    ],
+)
+def test_a_loopback_address_answers_to_its_names_alone(tiny_bundle, host, status) -> None:
+    """As a browser sends it, an IPv6 address in brackets; another name may be a page's from elsewhere."""
+    pool, application = _application(tiny_bundle(), "::1", None, 1, 1, None, 1)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b"", "root_path": ""}
+    with pool:
+        asyncio.run(application({**scope, "headers": [(b"host", host.encode())]}, receive, send))
+    assert sent[0]["status"] == status
+
+
+def test_a_body_that_does_not_end_holds_up_nobody(served: Served) -> None:
+    slow = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
+    slow.putrequest("POST", TEXT)
+    for name, value in {**JSON, "content-length": "1000"}.items():
+        slow.putheader(name, value)
+    slow.endheaders(b'{"model"')
+    assert served.post(TEXT, BASE)[0] == 200
+    slow.close()
+    assert served.post(TEXT, BASE)[0] == 200
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "starlette"])
+def test_a_package_that_is_missing_is_one_sentence(tiny_bundle, package, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["serve", str(tiny_bundle()), "--port", "0"]) == 2
+    said = capsys.readouterr().err
+    assert f"{package} is not installed; pip install 'stillgraph[serve]'." in said
