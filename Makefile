@@ -21,8 +21,8 @@ demo: $(VENV)/.export  ## Export the demo bundles, validate them, write text fro
 	$(BIN)/python -m stillgraph.exporter.demo.scenes $(SEEING)/scene.png
 	$(BIN)/stillgraph run $(SEEING) --image $(SEEING)/scene.png --chat --prompt "How many shapes are there?"
 
-test: $(VENV)/.dev  ## Run the tests; on two cores a third process fills the waits for servers and children
-	@$(BIN)/python -m pytest -n 3 --dist loadfile
+test: $(VENV)/.dev  ## Run the tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 real: $(VENV)/.dev  ## Two real models from PyPI, every promise kept on both, in half an hour and 8 GB of disk
 	@$(BIN)/python -m pytest tests/real/promises.py -rs -s

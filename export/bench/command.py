@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,9 +22,9 @@ from rich.table import Table
 
 from stillgraph.cpu import available_cores
 from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exporter.bench.contender import ContenderSource
 from stillgraph.exporter.bench.interleave import Entry, check, ids_of, measure, prepare, sweep
 from stillgraph.exporter.bench.lineup import Subject, lineup, open_subject
-from stillgraph.exporter.bench.quality import Scoring, scoring_of
 from stillgraph.exporter.bench.report import Machine, Profile, Report, Result, Setting, ratio
 from stillgraph.exporter.bench.table import (
     against,
@@ -37,6 +37,9 @@ from stillgraph.exporter.bench.table import (
     markdown,
     told,
 )
+
+if TYPE_CHECKING:
+    from stillgraph.exporter.bench.quality import Scoring
 
 log = logging.getLogger("stillgraph")
 REFERENCES = ("torch", "dynamic")  # of --against; the first of them that ran is what ratios are over
@@ -102,8 +105,7 @@ def bench(
     words = ",".join(REFERENCES if against_ is None else against_).split(",")
     names = [word.strip() for word in words if word.strip()]
     entries = _entries(subject, base, names, sweep_, work, model)
-    source = subject.source(work, model, base.ctx)
-    scoring = scoring_of(subject, source, text or (), quality) if quality != "none" else None
+    scoring = _scoring(subject, subject.source(work, model, base.ctx), text or (), quality)
     console = Console(stderr=True, quiet=quiet, highlight=False)
     console.print(f"probing memory of {bundle}", markup=False)
     bench_run = Bench(subject, entries, turns, out or bundle / "reports", machine(base.threads), scoring)
@@ -200,6 +202,17 @@ def _entries(
         contenders = lineup(subject, subject.source(work, model, setting.ctx), names)
         entries += [Entry(contender, setting) for contender in contenders]
     return entries
+
+
+def _scoring(
+    subject: Subject, source: ContenderSource, texts: Sequence[Path], extent: Extent
+) -> Scoring | None:
+    """What to measure quality over. Raises StillgraphError for a text that cannot be read."""
+    if extent == "none":
+        return None
+    from stillgraph.exporter.bench.quality import scoring_of  # ONNX Runtime comes with it
+
+    return scoring_of(subject, source, texts, extent)
 
 
 def machine(threads: int) -> Machine:
