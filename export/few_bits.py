@@ -62,7 +62,7 @@ def _budget(
     least, most = PRECISIONS["int4"].bits, PRECISIONS["int8"].bits
     assert least is not None
     assert most is not None
-    taken = least + (SCALE_BITS + (0 if symmetric else least)) / size
+    taken = block_bits(least, size, symmetric) / size
     if least <= budget < taken:
         form = f"blocks of {size} with scales" + ("" if symmetric else " and zero points")
         problem = f"--budget {budget:g} is under the {taken:.4g} bits that {form} take"
@@ -71,6 +71,11 @@ def _budget(
         problem = f"--budget {budget:g} is no number of bits between {least} and {most + 1}"
         raise StillgraphError(STAGE, problem, f"give for example --budget {BUDGET}")
     return budget
+
+
+def block_bits(bits: int, size: int, symmetric: bool) -> int:
+    """Of a block's codes, its scale, and its zero point where it has one."""
+    return size * bits + SCALE_BITS + (0 if symmetric else bits)
 
 
 def all_kept(options: Sequence[str]) -> dict[str, Precision]:

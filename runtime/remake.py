@@ -9,8 +9,8 @@ from typing import Any
 
 # What is left out of the command, because an export takes it anyway.
 DEFAULTS = {"--target": "portable", "--precision": "fp32", "--batch": 1, "--budget": 5.5}
-OLD_BLOCK_SIZE = 128  # the default before format 4: who took it gets today's
 DEFAULTS |= {"--max-len": 128, "--ctx": 1024}
+OLD_BLOCK_SIZE = 128  # the default before format 4: who took it gets today's
 
 
 def remaking_command(raw: Mapping[str, Any], bundle: Path) -> str:

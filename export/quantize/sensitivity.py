@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stillgraph.exporter.checkpoint import HEAD, Checkpoint
 from stillgraph.exporter.config import Say
+from stillgraph.exporter.few_bits import block_bits
 from stillgraph.exporter.quantize.calibrate import layer_products
 from stillgraph.exporter.quantize.rounding import Format
 from stillgraph.exporter.quantize.streaming import empty, streamed
@@ -124,8 +125,7 @@ def _unit(products: Mapping[str, nn.Linear], group: list[tuple[str, Tensor]]) ->
 
 def bits_of(form: Format, columns: int) -> float:
     """Bits a weight of rows of `columns`: codes, filled up to whole blocks, scales and zero points."""
-    block = form.block * form.bits + 32 + (0 if form.symmetric else form.bits)
-    return form.blocks(columns) * block / columns
+    return form.blocks(columns) * block_bits(form.bits, form.block, form.symmetric) / columns
 
 
 def choose(units: list[Unit], few: Format, many: Format, budget: float) -> tuple[list[Unit], float]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 STAGE = "serve"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-AS_HEADERS = ("127.0.0.1", "[::1]", "localhost")  # as the Host header of a browser spells them
 
 
 def serve(
@@ -60,8 +59,7 @@ def serve(
         with pool:
             status.stop()
             address, found = listening.getsockname()[:2]
-            shown = f"[{address}]" if ":" in address else address
-            print(f"http://{shown}:{found}", flush=True)
+            print(f"http://{_spelled(address)}:{found}", flush=True)
             if not quiet:
                 _say(host)
             _run(uvicorn_server(pool, app), listening)
@@ -85,6 +83,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _spelled(address: str) -> str:
+    """As URLs and a browser's Host header have it: IPv6 in brackets."""
+    return f"[{address}]" if ":" in address else address
+
+
 def _application(
     bundle: Path,
     host: str,
@@ -99,7 +102,7 @@ def _application(
     from stillgraph.serve.app import application
 
     loaded = [load(bundle, threads=threads) for _ in range(engines)]
-    pool, hosts = Pool(loaded, queue), list(AS_HEADERS) if host in LOOPBACK else None
+    pool, hosts = Pool(loaded, queue), [*map(_spelled, LOOPBACK)] if host in LOOPBACK else None
     return pool, application(pool, loaded[0], name or bundle.resolve().name, hosts, max_body << 20)
 
 

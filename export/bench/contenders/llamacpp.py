@@ -143,13 +143,13 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
     _add_config(writer, config)
     for name, values in tensors(checkpoint):
         stem, gemma = gguf_name(name, kind), kind == "gemma3"
+        rows = values if gemma else _paired(name, values, config)
         if name.endswith("norm.weight"):  # llama.cpp multiplies by the weight, Gemma 3 by 1 + weight
             writer.add_tensor(stem, np.ascontiguousarray(_widened(values) + gemma))
         elif values.dtype == np.uint16:
-            rows = values if gemma else _paired(name, values, config)
             writer.add_tensor(stem, rows.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            writer.add_tensor(stem, values if gemma else _paired(name, values, config))
+            writer.add_tensor(stem, rows)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
