@@ -20,6 +20,7 @@ from stillgraph.exporter.trace.attention import portable_attention
 from stillgraph.exporter.trace.graphs import GRAPHS
 from stillgraph.exporter.trace.half_range import keep_fp32
 from stillgraph.manifest import Precision, Target
+from stillgraph.patches.direct_lowering import DIRECT_LOWERING
 from stillgraph.patches.half_weights import half_linear
 from stillgraph.patches.patch import Patch, applied
 from stillgraph.patches.torchlib_registry import TORCHLIB_REGISTRY
@@ -28,6 +29,7 @@ from stillgraph.spec import GraphShape
 
 ATTENTION = "stillgraph_portable"
 PARAMETER_PREFIX = "model."  # of the wrapper's attribute that holds the model
+EXPORTER = (TORCHLIB_REGISTRY, DIRECT_LOWERING)  # what makes the exporter faster and changes no graph
 EXAMPLE_LENGTHS = {NEW: 3, PAST: 5}  # torch.export would take 0 and 1 for constants
 
 
@@ -47,7 +49,8 @@ def convert(
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
     patches = _patches(checkpoint, shape, target, precision, split_mlp)
-    with registered_attention(), applied((*patches, TORCHLIB_REGISTRY)), quiet():
+    # Without gradients, a model's own `no_grad` is no block of its own in the graph.
+    with registered_attention(), applied((*patches, *EXPORTER)), quiet(), torch.no_grad():
         model = checkpoint.build(ATTENTION)
         keep_fp32(model, kept_fp32)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
