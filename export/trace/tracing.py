@@ -10,6 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.fx.config
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stillgraph.exporter.checkpoint import Checkpoint
@@ -50,7 +52,7 @@ def convert(
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
     patches = _patches(checkpoint, shape, target, precision, split_mlp)
     # Without gradients, a model's own `no_grad` is no block of its own in the graph.
-    with registered_attention(), applied((*patches, *EXPORTER)), quiet(), torch.no_grad():
+    with registered_attention(), applied((*patches, *EXPORTER)), quiet(), lean(), torch.no_grad():
         model = checkpoint.build(ATTENTION)
         keep_fp32(model, kept_fp32)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
@@ -120,6 +122,19 @@ def registered_attention() -> Iterator[None]:
         yield
     finally:
         del functions[ATTENTION]
+
+
+@contextlib.contextmanager
+def lean() -> Iterator[None]:
+    """Without what a trace spends a third of its time on and no ONNX graph keeps: the Python stack of each
+    node, and Python code of each version of the graph."""
+    before = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        with _use_lazy_graph_module(True):
+            yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = before
 
 
 @contextlib.contextmanager

@@ -74,7 +74,6 @@ def test_it_computes_what_torch_does(
     [
         ("portable", "fp32", GraphShape(role="prefill", max_len=16, ctx=40)),
         ("onnxruntime", "fp16", GraphShape(role="decode", max_len=1, ctx=40, slack=15)),
-        ("portable", "fp32", GraphShape(role="dynamic", max_len=40, ctx=40)),
     ],
 )
 def test_the_graph_is_that_of_the_exporter(
