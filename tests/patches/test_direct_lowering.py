@@ -40,6 +40,22 @@ class InPlace(nn.Module):
         return z.to(torch.float32)
 
 
+class Convolution(nn.Module):
+    def __init__(self, padding: str = "valid") -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, (2, 3), padding=padding)
+        nn.init.constant_(self.layer.weight, 0.25)
+        nn.init.constant_(self.layer.bias, 0.5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer((x + y).view(1, 1, 3, 4))
+
+
+class Padded(Convolution):
+    def __init__(self) -> None:
+        super().__init__("same")
+
+
 class WithoutFunction(nn.Module):
     """`aten.dist` has no ONNX function: the exporter replaces it by others."""
 
@@ -47,7 +63,10 @@ class WithoutFunction(nn.Module):
         return x + torch.dist(x.to(torch.float32), y)
 
 
-@pytest.mark.parametrize(("model", "again"), [(Casts, False), (InPlace, True), (WithoutFunction, True)])
+@pytest.mark.parametrize(
+    ("model", "again"),
+    [(Casts, False), (Convolution, False), (Padded, True), (InPlace, True), (WithoutFunction, True)],
+)
 def test_it_computes_what_torch_does(
     model: Callable[[], nn.Module], again: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -65,7 +84,7 @@ def test_it_computes_what_torch_does(
     session = ort.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
     given = {port.name: tensor.numpy() for port, tensor in zip(session.get_inputs(), (x, y), strict=True)}
     found: Any = session.run(None, given)[0]
-    np.testing.assert_allclose(found, model()(x, y).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found, model()(x, y).detach().numpy(), rtol=1e-6)
     assert bool(traced) == again
 
 
