@@ -31,6 +31,7 @@ ROOMS = (
     "families few_bits tensor_files texts",
     "config",
     "checkpoint console ir",
+    "streaming",
     "quantize trace weights",
     "compile",
     "bundle",

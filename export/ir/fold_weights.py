@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from stillgraph.weight_tensor import Layout, WeightChange
 
 SUBGRAPH_BYTES = 1024  # constants up to this size stay in the graph
+CHUNK = 1 << 24  # numbers of a weight that are worked on at once
 TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 
 
@@ -137,21 +138,35 @@ class Recipe:
     def then(self, step: WeightStep, shape: tuple[int, ...]) -> Recipe:
         return replace(self, shape=shape, steps=(*self.steps, step))
 
-    def value(self, tensors: Tensors) -> torch.Tensor:
-        """The weight; in the checkpoint's dtype, and mapped, where it is one source, transposed at most."""
+    def value(self, tensors: Tensors, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight, in `dtype` if given; in the checkpoint's dtype, and mapped, where it is one source,
+        transposed at most. No more of it is in fp32 at a time than `CHUNK` numbers, or a row."""
         parts = [tensors.tensor(source) for source in self.sources]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if any(step.op != "Transpose" for step in self.steps):
-            value = value.to(torch.float32)
+        changes = [step for step in self.steps if step.op != "Transpose"]
+        if changes or dtype not in (None, value.dtype):
+            value = _changed(value, changes, dtype or torch.float32)
         for step in self.steps:
-            value = step.run(value)
+            if step.op == "Transpose":  # all else is done number by number
+                value = step.run(value)
         return value
 
     def make(self, tensors: Tensors) -> np.ndarray:
         """The finished weight, C-contiguous."""
         if self.constant is not None:
             return self.constant
-        return self.value(tensors).to(TORCH_DTYPES[self.dtype]).contiguous().numpy()
+        return self.value(tensors, TORCH_DTYPES[self.dtype]).contiguous().numpy()
+
+
+def _changed(source: torch.Tensor, steps: Sequence[WeightStep], dtype: torch.dtype) -> torch.Tensor:
+    made = torch.empty(source.shape, dtype=dtype)
+    rows = max(1, CHUNK * len(source) // max(1, source.numel()))
+    for part, place in zip(torch.split(source, rows), torch.split(made, rows), strict=True):
+        value = part.to(torch.float32)
+        for step in steps:
+            value = step.run(value)
+        place.copy_(value)
+    return made
 
 
 def joined(names: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ from stillgraph.exporter.config import Say
 from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format
 from stillgraph.exporter.quantize.second_order import compensated, quantize_for
-from stillgraph.exporter.quantize.streaming import NOTHING, streamed
+from stillgraph.exporter.streaming import NOTHING, streamed
 
 Forms = Mapping[str, Format]  # of each tensor of the checkpoint that is to be rounded
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from stillgraph.exporter.checkpoint import HEAD, Checkpoint
 from stillgraph.exporter.config import Say
-from stillgraph.exporter.quantize.streaming import streamed
+from stillgraph.exporter.streaming import streamed
 
 ROWS = 1 << 15  # of the head in fp32 at once
 

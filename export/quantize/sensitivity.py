@@ -21,7 +21,7 @@ from stillgraph.exporter.config import Say
 from stillgraph.exporter.few_bits import block_bits
 from stillgraph.exporter.quantize.calibrate import layer_products
 from stillgraph.exporter.quantize.rounding import Format
-from stillgraph.exporter.quantize.streaming import empty, streamed
+from stillgraph.exporter.streaming import empty, streamed
 
 GUESSES = 0  # seed of the tokens drawn from the model's odds
 Stored = Callable[[str], Tensor]  # the numbers [N, K] that a weight would have

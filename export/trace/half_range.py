@@ -5,7 +5,7 @@ ONNX Runtime on a CPU computes fp16 in fp32, so only measuring shows what become
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stillgraph.calling import Tokens
-from stillgraph.exporter.checkpoint import Checkpoint
+from stillgraph.exporter.checkpoint import HEAD, Checkpoint
+from stillgraph.exporter.streaming import streamed
 from stillgraph.exporter.texts.passages import cut_chunks, default_texts
 from stillgraph.spec import VisionSpec
 
+ROWS = 1 << 15  # of the head in fp32 at once
 CALIBRATION = 512  # tokens of each text
 LARGEST = 65504.0  # of fp16
 # Other texts reach further than those measured, and sums may be larger on their way than at their end. The
@@ -46,7 +48,38 @@ def calibrate(checkpoint: Checkpoint, folder: Path, tokens: Tokens) -> dict[str,
         tokenizer, shipped = Tokenizer.from_file(str(path)), default_texts(checkpoint.folder)
         bos = tokens.bos if tokens.tokenizer_adds_bos else None
         texts += [cut_chunks(text.ids(tokenizer), length, 1, bos) for text in shipped]
-    return magnitudes(checkpoint.load(), texts, spec.vision)
+    if spec.vision is not None:
+        return magnitudes(checkpoint.load(), texts, spec.vision)
+    return text_magnitudes(checkpoint, texts)
+
+
+@torch.no_grad()
+def text_magnitudes(checkpoint: Checkpoint, texts: Sequence[np.ndarray]) -> dict[str, float]:
+    """`magnitudes` of a checkpoint of text alone, a layer of which is in memory at a time."""
+    model, found = checkpoint.build("eager"), dict[str, float]()
+    decoder = checkpoint.family.decoder(model)
+    by_length: dict[int, list[np.ndarray]] = {}
+    for ids in texts:
+        by_length.setdefault(ids.shape[1], []).append(ids)
+    with streamed(checkpoint, model) as embedded, _watched(model, found):
+        for group in by_length.values():
+            rows = embedded(torch.from_numpy(np.concatenate(group)))
+            hidden = decoder(input_ids=rows, use_cache=False).last_hidden_state[:, -1]
+            _watch_head(checkpoint, hidden, found)
+    return found
+
+
+def _watch_head(checkpoint: Checkpoint, hidden: Tensor, found: dict[str, float]) -> None:
+    head = checkpoint.tensor(HEAD if HEAD in checkpoint.tensors else checkpoint.tied or HEAD)
+    for rows in torch.split(head, ROWS):
+        part = rows.to(torch.float32)
+        for value in (part, hidden, functional.linear(hidden, part)):
+            _keep(found, HEAD.removesuffix(".weight"), value)
+
+
+def _keep(found: dict[str, float], name: str, value: Tensor) -> None:
+    largest = float(value.abs().max())
+    found[name] = max(found.get(name, 0.0), largest if np.isfinite(largest) else np.inf)
 
 
 @torch.no_grad()
@@ -100,15 +133,11 @@ def _look(model: Any, ids: Tensor, vision: VisionSpec) -> None:
 def _watched(model: nn.Module, found: dict[str, float]) -> Iterator[None]:
     """Keep the largest magnitude of each linear module while the model runs."""
 
-    def keep(name: str, value: Tensor) -> None:
-        largest = float(value.abs().max())
-        found[name] = max(found.get(name, 0.0), largest if np.isfinite(largest) else np.inf)
-
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             product = output if module.bias is None else output - module.bias
             for value in (module.weight, inputs[0], product):
-                keep(name, value)
+                _keep(found, name, value)
 
         return hook
 

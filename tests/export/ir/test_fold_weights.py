@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional
 
+from stillgraph.exporter.ir import fold_weights
 from stillgraph.exporter.ir.fold_weights import (
     Recipe,
     Tensors,
@@ -25,6 +26,7 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 TENSORS = Tensors({"w": SOURCE, "v": torch.arange(5.0)}.__getitem__)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 1 << 24])
 @pytest.mark.parametrize(
     ("shape", "dtype", "steps", "expected"),
     [
@@ -48,8 +50,14 @@ TENSORS = Tensors({"w": SOURCE, "v": torch.arange(5.0)}.__getitem__)
     ],
 )
 def test_make_is_numpy(
-    shape: tuple[int, ...], dtype: ir.DataType, steps: tuple[WeightStep, ...], expected: np.ndarray
+    shape: tuple[int, ...],
+    dtype: ir.DataType,
+    steps: tuple[WeightStep, ...],
+    expected: np.ndarray,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(fold_weights, "CHUNK", chunk)
     recipe = Recipe(("w",), shape, dtype, steps)
     made = recipe.make(TENSORS)
     np.testing.assert_array_equal(made, expected)

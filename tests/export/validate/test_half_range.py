@@ -15,8 +15,9 @@ from torch import nn
 
 from stillgraph.exporter.bundle import build
 from stillgraph.exporter.bundle.build import export
+from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.config import request
-from stillgraph.exporter.trace.half_range import LARGEST, LIMIT, beyond, magnitudes
+from stillgraph.exporter.trace.half_range import LARGEST, LIMIT, beyond, magnitudes, text_magnitudes
 from stillgraph.exporter.validate.driver import GraphRun
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.exporter.validate.written import WrittenRun
@@ -121,6 +122,17 @@ def test_magnitudes_are_of_inputs_and_of_products_without_bias() -> None:
     found = magnitudes(Two(), [np.array([[1, 2]])])
     assert found == pytest.approx({"first": 100.0, "second": 1003.0})
     assert magnitudes(Two(), [np.array([[1, 2]]), np.array([[0, 4]])])["first"] == pytest.approx(200.0)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama", "phi3", "granite"])
+def test_layer_by_layer_it_is_the_same(tiny_checkpoint: Checkpoint, family: str) -> None:
+    """Embedding and head are one in the first two."""
+    checkpoint = open_checkpoint(str(tiny_checkpoint(family=family)))
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 272, (1, length)) for length in (12, 7, 12)]
+    found = text_magnitudes(checkpoint, texts)
+    assert found == pytest.approx(magnitudes(checkpoint.load(), texts), rel=1e-4)
+    assert "lm_head" in found
 
 
 def test_a_value_that_is_no_number_is_beyond_every_limit() -> None:
