@@ -15,7 +15,7 @@ from stillgraph.manifest import Manifest, Precision, Quantization, Target
 from stillgraph.spec import Frozen, GraphShape, ModelSpec
 
 STAGE = "export"
-Say = Callable[[str], None]  # called with a few words on what is being done
+Say = Callable[[str], None]  # called with a few words on what is being done, or a sentence that is to stay
 ARTIFACTS = Path("artifacts")
 
 

@@ -24,13 +24,21 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Say]:
-        """Yield what shows the current step: one line that changes, or lines where stderr is no terminal."""
+        """Yield what shows the current step: one line that changes, below the sentences that were said; lines
+        where stderr is no terminal."""
         console = Console(stderr=True, quiet=self.quiet, highlight=False)
         if not console.is_terminal:
             yield lambda text: console.print(text, markup=False, soft_wrap=True)
             return
         with console.status("", spinner="line") as status:
-            yield lambda text: status.update(escape(text))
+
+            def say(text: str) -> None:
+                if text.endswith("."):
+                    console.print(text, markup=False, soft_wrap=True)
+                else:
+                    status.update(escape(text))
+
+            yield say
 
     def result(self, line: dict[str, object], *shown: RenderableType) -> None:
         """One line of JSON, or readable text."""

@@ -16,6 +16,7 @@ from stillgraph.errors import StillgraphError
 from stillgraph.exporter import weights
 from stillgraph.exporter.bundle.calibration import Calibration, begin, forget
 from stillgraph.exporter.bundle.calling import calling
+from stillgraph.exporter.bundle.estimate import estimate, refuse
 from stillgraph.exporter.bundle.needs import least_onnxruntime, of_nodes
 from stillgraph.exporter.bundle.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, write_tokenizer
 from stillgraph.exporter.checkpoint import CARRIED, Checkpoint, open_checkpoint
@@ -80,6 +81,10 @@ def export(
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
     shapes = with_int8_prefill(config, with_pictures(config, checkpoint.spec, shapes, vision))
     _check_shapes(config, checkpoint, shapes, former)
+    if former is None:
+        found = estimate(config, checkpoint, shapes)
+        say(f"This takes {found}.")
+        refuse(found, config.place)
     before, roles = former.graphs if former else {}, {shape.role for shape in shapes}
     kept = {name: graph for name, graph in before.items() if graph.shape.role not in roles}
     with staged(config.place) as folder:

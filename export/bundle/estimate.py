@@ -1,0 +1,133 @@
+"""What an export takes of disk, memory and time, by the sizes of its tensors: said before it starts.
+
+The constants were measured on two cores (tests/sizes/README.md); the time of a calibration comes from the
+speed of a product on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.bundle.calibration import A_COLUMN, MEASURED, ROUNDED, TOKENS
+from stillgraph.exporter.checkpoint import Checkpoint
+from stillgraph.exporter.config import ExportConfig
+from stillgraph.exporter.few_bits import TABLES, block_bits
+from stillgraph.exporter.precisions import PRECISIONS
+from stillgraph.exporter.quantize.lower import StoragePlan
+from stillgraph.exporter.quantize.rounding import Format
+from stillgraph.spec import GraphShape
+
+STAGE = "export"
+BASE = 0.6e9  # bytes: Python, torch, transformers and ONNX Runtime
+A_NUMBER = 5.1  # bytes for each number of the largest tensor, when graphs are compared before and after
+HALVES = 8  # fp32 copies of one product's inputs, as they are and as rounded, and what is made of them
+IMPORTS, GRAPH, LAYER = 10.0, 4.0, 0.3  # seconds of a start, of a graph, and of each of its layers
+A_WEIGHT = {"fp32": 6e-9, "fp16": 10e-9, "int8": 30e-9, "int4": 45e-9}  # seconds to write a number, and check
+EFFICIENCY = 0.4  # of a product's speed in all that a calibration does
+PASSES = 10  # over each column of a matrix, in products with all others, to round it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes beside the bundle's folder, bytes of memory that is no file's, and seconds. Good for a factor of
+    1.5; proving the bundle afterwards is not in it."""
+
+    disk: float
+    memory: float
+    seconds: float
+
+    def __str__(self) -> str:
+        minutes = f"{self.seconds / 60:.0f} minutes" if self.seconds >= 90 else f"{self.seconds:.0f} s"
+        return f"about {self.disk / 1e9:.2f} GB of disk, {self.memory / 1e9:.1f} GB of memory and {minutes}"
+
+
+def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[GraphShape]) -> Estimate:
+    """Of an export of graphs that takes nothing over from another bundle."""
+    sizes = {name: tuple(tensor.shape()) for name, tensor in checkpoint.tensors.items()}
+    numbers = {name: math.prod(shape) for name, shape in sizes.items()}
+    layers = len(checkpoint.spec.layers)
+    disk = sum(numbers[name] * bits_of(config, checkpoint, name, shape) / 8 for name, shape in sizes.items())
+    memory = BASE + A_NUMBER * max(numbers.values())
+    seconds = IMPORTS + len(shapes) * (GRAPH + LAYER * layers)
+    seconds += sum(numbers.values()) * A_WEIGHT[config.precision]
+    matrices = [shape for name, shape in sizes.items() if len(shape) == 2 and not _is_table(name)]
+    if config.quantization is not None:
+        if any(shape.int8_activations for shape in shapes):
+            disk += sum(map(math.prod, matrices))
+        if config.quantization.calibration is not None:
+            disk += 1.1 * sum(map(math.prod, matrices))  # codes, a byte each, and scales
+            widest = max(columns for _, columns in matrices)
+            tokens = min(TOKENS, A_COLUMN * widest)
+            memory = max(memory, BASE + HALVES * 4 * tokens * widest)
+            seconds += _operations(matrices, tokens) / (EFFICIENCY * speed())
+    return Estimate(disk, memory, seconds)
+
+
+def bits_of(config: ExportConfig, checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> float:
+    """Bits a number of a tensor takes in the bundle, scales and zero points included."""
+    how = config.quantization
+    if how is None or len(shape) != 2:
+        return 16 if config.precision == "fp16" else 32
+    plan = StoragePlan(config.target, config.precision, how, tied=checkpoint.tied)
+    precision = plan.precision_of((name,), tied=name == checkpoint.tied)
+    bits = PRECISIONS[precision].bits
+    if bits is None:
+        return 32
+    if how.budget is not None and bits == 4:
+        return how.budget
+    blocks = Format(bits, how.block_size, how.symmetric).blocks(shape[1])
+    return blocks * block_bits(bits, how.block_size, how.symmetric) / shape[1]
+
+
+def refuse(found: Estimate, place: Path) -> None:
+    """Raises StillgraphError where the machine has not what an export takes."""
+    folder = next(folder for folder in place.resolve().parents if folder.exists())
+    if found.disk > (free := shutil.disk_usage(folder).free):
+        problem = f"the bundle takes {found.disk / 1e9:.2f} GB of disk, and {folder.name or folder} has "
+        raise StillgraphError(STAGE, f"{problem}{free / 1e9:.2f} GB", "free space or give another --out")
+    if (available := available_memory()) is not None and found.memory > available:
+        problem = (
+            f"the export takes {found.memory / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
+        )
+        raise StillgraphError(STAGE, problem, "end other programs, or export on a larger machine")
+
+
+def available_memory() -> float | None:
+    """Bytes that programs can have, swap included. None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    return sizes["MemAvailable"] + sizes["SwapFree"]
+
+
+def speed() -> float:
+    """Operations a second of an fp32 product on this machine."""
+    size, times = 768, list[float]()
+    matrix = torch.ones(size, size)
+    for _ in range(4):
+        began = time.monotonic()
+        matrix @ matrix
+        times.append(time.monotonic() - began)
+    return 2.0 * size**3 / min(times)
+
+
+def _operations(matrices: Sequence[tuple[int, ...]], tokens: int) -> float:
+    """Of a calibration: texts twice through the layers, a part of them twice more, once of it back, samples
+    drawn, and each matrix rounded twice."""
+    numbers = sum(map(math.prod, matrices))
+    texts = numbers * (4 * tokens + 4 * min(ROUNDED, tokens) + 6 * min(MEASURED, tokens) + 2 * tokens)
+    return texts + 2 * PASSES * sum(rows * columns**2 for rows, columns in matrices)
+
+
+def _is_table(name: str) -> bool:
+    return any(table in name for table in TABLES)
