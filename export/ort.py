@@ -35,6 +35,9 @@ def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.Inference
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # In the default order all weights are widened to fp32 before the first product, and held.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
