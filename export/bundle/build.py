@@ -34,7 +34,7 @@ from stillgraph.exporter.ir.node_names import name_the_rest
 from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.staging import staged
-from stillgraph.exporter.trace.half_range import beyond, calibrate
+from stillgraph.exporter.trace.half_range import beyond, checkpoint_magnitudes
 from stillgraph.exporter.trace.tracing import convert
 from stillgraph.files import check_files, describe
 from stillgraph.golden import GOLDEN
@@ -97,7 +97,7 @@ def export(
         kept_fp32 = former.kept_fp32 if former else dict[str, float]()
         if former is None and config.precision == "fp16":
             say("measuring what fp16 cannot hold")
-            kept_fp32 = beyond(calibrate(checkpoint, folder, called.tokens))
+            kept_fp32 = beyond(checkpoint_magnitudes(checkpoint, folder, called.tokens))
         traced = [_trace(checkpoint, shape, config, kept_fp32, say) for shape in shapes]
         stored = _write_weights(folder, checkpoint, traced, former, calibration, say)
         graphs = kept | {

@@ -24,7 +24,7 @@ from stillgraph.exporter.texts.passages import cut_chunks, default_texts
 from stillgraph.spec import VisionSpec
 
 ROWS = 1 << 15  # of the head in fp32 at once
-CALIBRATION = 512  # tokens of each text
+TEXT = 512  # tokens of each text
 LARGEST = 65504.0  # of fp16
 # Other texts reach further than those measured, and sums may be larger on their way than at their end. The
 # massive activations of first tokens hardly depend on the text (Sun et al. 2024, "Massive Activations in
@@ -33,13 +33,13 @@ MARGIN = 8.0
 LIMIT = LARGEST / MARGIN
 
 
-def calibrate(checkpoint: Checkpoint, folder: Path, tokens: Tokens) -> dict[str, float]:
+def checkpoint_magnitudes(checkpoint: Checkpoint, folder: Path, tokens: Tokens) -> dict[str, float]:
     """`magnitudes` of a checkpoint over random ids and the beginnings of texts.
 
     folder: a bundle's, where its tokenizer is; tokens: its special tokens.
     """
     spec = checkpoint.spec
-    length = min(CALIBRATION, spec.max_position_embeddings)
+    length = min(TEXT, spec.max_position_embeddings)
     texts = [np.random.default_rng(0).integers(0, spec.vocab_size, (1, length))]
     if spec.vision is not None:
         texts[0][texts[0] == spec.vision.image_token] -= 1
