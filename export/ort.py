@@ -26,8 +26,9 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.InferenceSession:
-    """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve.
+def open_graph(path: Path, optimized: bool, pack: bool = False, traced: bool = False) -> ort.InferenceSession:
+    """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve;
+    traced: of a graph that was not simplified.
 
     Without packing MatMulNBits widens weights to fp32 and multiplies in fp32; with it, int8 by int4 or int8.
     """
@@ -35,9 +36,11 @@ def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.Inference
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # In the default order all weights are widened to fp32 before the first product, and held.
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = False
+        # Else all weights are widened to fp32 before the first product, and held. By priority means in the
+        # order of the file, but for ops that are functions, as a trace has them: those come last.
+        if not traced:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
