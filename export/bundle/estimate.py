@@ -28,6 +28,8 @@ from stillgraph.spec import GraphShape
 STAGE = "export"
 BASE = 0.6e9  # bytes: Python, torch, transformers and ONNX Runtime
 A_NUMBER = 5.1  # bytes for each number of the largest tensor, when graphs are compared before and after
+# And for each number of the layers' matrices, by what the comparison holds of them in fp32.
+HELD = {"fp32": 0.0, "fp16": 0.35, "int8": 1.3, "int4": 1.3}
 HALVES = 8  # fp32 copies of one product's inputs, as they are and as rounded, and what is made of them
 IMPORTS, GRAPH, LAYER = 10.0, 4.0, 0.3  # seconds of a start, of a graph, and of each of its layers
 A_WEIGHT = {"fp32": 6e-9, "fp16": 10e-9, "int8": 30e-9, "int4": 45e-9}  # seconds to write a number, and check
@@ -55,10 +57,10 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
     numbers = {name: math.prod(shape) for name, shape in sizes.items()}
     layers = len(checkpoint.spec.layers)
     disk = sum(numbers[name] * bits_of(config, checkpoint, name, shape) / 8 for name, shape in sizes.items())
-    memory = BASE + A_NUMBER * max(numbers.values())
+    matrices = [shape for name, shape in sizes.items() if len(shape) == 2 and not _is_table(name)]
+    memory = BASE + A_NUMBER * max(numbers.values()) + HELD[config.precision] * sum(map(math.prod, matrices))
     seconds = IMPORTS + len(shapes) * (GRAPH + LAYER * layers)
     seconds += sum(numbers.values()) * A_WEIGHT[config.precision]
-    matrices = [shape for name, shape in sizes.items() if len(shape) == 2 and not _is_table(name)]
     if config.quantization is not None:
         if any(shape.int8_activations for shape in shapes):
             disk += sum(map(math.prod, matrices))
