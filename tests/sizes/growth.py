@@ -28,6 +28,21 @@ COLUMNS = (
 )  # fmt: skip
 START, END = "<!-- growth -->\n", "<!-- end of growth -->\n"
 
+COLORS = {"blue": "#3b78e7", "orange": "#e8710a"}
+CHART = """```mermaid
+---
+config:
+    themeVariables:
+        xyChart:
+            plotColorPalette: "{palette}"
+---
+xychart-beta
+    title "{title}"
+    x-axis [{layers}]
+    y-axis 0 --> {end}
+{lines}
+```"""
+
 
 @dataclass(frozen=True)
 class Grown:
@@ -88,19 +103,19 @@ def render(rows: list[Grown]) -> str:
 
 
 def _chart(rows: list[Grown]) -> str:
+    """Lines of a Mermaid chart have no legend, so its title names their colors."""
     layers = sorted({row.layers for row in rows})
     precisions = sorted({row.precision for row in rows})
     series = [[row.private for row in rows if row.precision == name] for name in precisions]
-    return "\n".join(
-        [
-            "```mermaid", "xychart-beta",
-            f'    title "Peak of private memory, GB, over layers: {", ".join(precisions)}"',
-            f"    x-axis [{', '.join(map(str, layers))}]",
-            f"    y-axis 0 --> {ceil(max(map(max, series)))}",
-            *(f"    line [{', '.join(f'{value:.2f}' for value in line)}]" for line in series),
-            "```",
-        ]
-    )  # fmt: skip
+    named = ", ".join(f"{name} {color}" for name, color in zip(precisions, COLORS, strict=False))
+    lines = [f"    line [{', '.join(f'{value:.2f}' for value in values)}]" for values in series]
+    return CHART.format(
+        palette=", ".join(COLORS.values()),
+        title=f"Peak of private memory, GB, over layers: {named}",
+        layers=", ".join(map(str, layers)),
+        end=ceil(max(map(max, series))),
+        lines="\n".join(lines),
+    )
 
 
 def main() -> None:
