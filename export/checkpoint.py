@@ -71,6 +71,10 @@ class Checkpoint:
             self._finite.add(name)
         return tensor
 
+    def head(self) -> torch.Tensor:
+        """The matrix that scores the vocabulary, mapped: one of its own, or the embedding."""
+        return self.tensor(HEAD if HEAD in self.tensors else self.tied or HEAD)
+
     def check_unchanged(self) -> None:
         """Raises StillgraphError where a file was written, replaced or removed since it was opened."""
         for path, stamp in self._stamps.items():

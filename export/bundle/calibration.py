@@ -126,11 +126,16 @@ class Calibration:
         checkpoint, own = self.checkpoint, self.config.calibrate == SAMPLES
         widest = max(checkpoint.tensors[name].shape()[1] for name in products(checkpoint))
         length = min(SAMPLED if own else READ, checkpoint.spec.max_position_embeddings)
-        texts = -(-min(TOKENS, A_COLUMN * widest) // length)
+        texts = -(-tokens_for(widest) // length)
         if own:
             return own_texts(checkpoint, texts, length, self._say)
         tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
         return file_texts(Path(self.config.calibrate), tokenizer, texts, length)
+
+
+def tokens_for(widest: int) -> int:
+    """How many tokens weights are rounded for, by the columns of the widest."""
+    return min(TOKENS, A_COLUMN * widest)
 
 
 def forget(place: Path) -> None:

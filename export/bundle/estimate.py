@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.bundle.calibration import A_COLUMN, MEASURED, ROUNDED, TOKENS
+from stillgraph.exporter.bundle.calibration import MEASURED, ROUNDED, tokens_for
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig
-from stillgraph.exporter.few_bits import TABLES, block_bits
-from stillgraph.exporter.precisions import PRECISIONS
+from stillgraph.exporter.few_bits import TABLES
+from stillgraph.exporter.precisions import CALIBRATED, PRECISIONS
 from stillgraph.exporter.quantize.lower import StoragePlan
-from stillgraph.exporter.quantize.rounding import Format
+from stillgraph.exporter.quantize.sensitivity import bits_of
 from stillgraph.spec import GraphShape
 
 STAGE = "export"
@@ -56,7 +56,9 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
     sizes = {name: tuple(tensor.shape()) for name, tensor in checkpoint.tensors.items()}
     numbers = {name: math.prod(shape) for name, shape in sizes.items()}
     layers = len(checkpoint.spec.layers)
-    disk = sum(numbers[name] * bits_of(config, checkpoint, name, shape) / 8 for name, shape in sizes.items())
+    disk = sum(
+        numbers[name] * stored_bits(config, checkpoint, name, shape) / 8 for name, shape in sizes.items()
+    )
     matrices = [shape for name, shape in sizes.items() if len(shape) == 2 and not _is_table(name)]
     memory = BASE + A_NUMBER * max(numbers.values()) + HELD[config.precision] * sum(map(math.prod, matrices))
     seconds = IMPORTS + len(shapes) * (GRAPH + LAYER * layers)
@@ -67,26 +69,24 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
         if config.quantization.calibration is not None:
             disk += 1.1 * sum(map(math.prod, matrices))  # codes, a byte each, and scales
             widest = max(columns for _, columns in matrices)
-            tokens = min(TOKENS, A_COLUMN * widest)
+            tokens = tokens_for(widest)
             memory = max(memory, BASE + HALVES * 4 * tokens * widest)
             seconds += _operations(matrices, tokens) / (EFFICIENCY * speed())
     return Estimate(disk, memory, seconds)
 
 
-def bits_of(config: ExportConfig, checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> float:
+def stored_bits(config: ExportConfig, checkpoint: Checkpoint, name: str, shape: Sequence[int]) -> float:
     """Bits a number of a tensor takes in the bundle, scales and zero points included."""
     how = config.quantization
     if how is None or len(shape) != 2:
         return 16 if config.precision == "fp16" else 32
     plan = StoragePlan(config.target, config.precision, how, tied=checkpoint.tied)
     precision = plan.precision_of((name,), tied=name == checkpoint.tied)
-    bits = PRECISIONS[precision].bits
-    if bits is None:
+    if PRECISIONS[precision].bits is None:
         return 32
-    if how.budget is not None and bits == 4:
+    if how.budget is not None and precision == CALIBRATED:
         return how.budget
-    blocks = Format(bits, how.block_size, how.symmetric).blocks(shape[1])
-    return blocks * block_bits(bits, how.block_size, how.symmetric) / shape[1]
+    return bits_of(plan.form(precision), shape[1])
 
 
 def refuse(found: Estimate, place: Path) -> None:

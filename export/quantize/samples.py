@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from stillgraph.exporter.checkpoint import HEAD, Checkpoint
+from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.streaming import streamed
 
@@ -19,7 +19,7 @@ def own_texts(checkpoint: Checkpoint, texts: int, length: int, say: Say, seed: i
     """Ids [texts, length] as the model itself writes them, each token drawn by its probability."""
     model, family = checkpoint.build("sdpa"), checkpoint.family
     decoder = family.decoder(model)
-    head = checkpoint.tensor(HEAD if HEAD in checkpoint.tensors else checkpoint.tied or HEAD)
+    head = checkpoint.head()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((texts, 1), first_token(decoder.config))
     cache = DynamicCache()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stillgraph.exporter.checkpoint import HEAD, Checkpoint
+from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.few_bits import block_bits
 from stillgraph.exporter.quantize.calibrate import layer_products
@@ -68,8 +68,7 @@ def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -
 
 def _of_loss(checkpoint: Checkpoint, decoder: Any, hidden: Tensor) -> Tensor:
     """The gradient [B, S, hidden] of the summed losses of drawn tokens, by what the last layer returns."""
-    name = HEAD if HEAD in checkpoint.tensors else checkpoint.tied or HEAD
-    head = checkpoint.tensor(name).to(torch.float32)
+    head = checkpoint.head().to(torch.float32)
     generator = torch.Generator().manual_seed(GUESSES)
     gradients = list[Tensor]()
     for part in torch.split(hidden.flatten(0, 1), TOKENS):

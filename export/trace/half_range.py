@@ -70,8 +70,7 @@ def text_magnitudes(checkpoint: Checkpoint, texts: Sequence[np.ndarray]) -> dict
 
 
 def _watch_head(checkpoint: Checkpoint, hidden: Tensor, found: dict[str, float]) -> None:
-    head = checkpoint.tensor(HEAD if HEAD in checkpoint.tensors else checkpoint.tied or HEAD)
-    for rows in torch.split(head, ROWS):
+    for rows in torch.split(checkpoint.head(), ROWS):
         part = rows.to(torch.float32)
         for value in (part, hidden, functional.linear(hidden, part)):
             _keep(found, HEAD.removesuffix(".weight"), value)

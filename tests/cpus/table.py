@@ -21,6 +21,7 @@ from tests.cpus.cases import BUNDLES
 from tests.cpus.lanes import LANES
 from tests.cpus.probe import Found, Product
 from tests.cpus.trial import Trial
+from tests.page import keep
 
 PAGE = Path(__file__).with_name("README.md")
 START, END = "<!-- make cpus -->\n", "<!-- end -->\n"
@@ -36,8 +37,7 @@ def main(folder: Path) -> int:
     cases.write(folder / "cases")
     trials = _trials(folder)
     text = render(trials)
-    before, _, rest = PAGE.read_text(encoding="ascii").partition(START)
-    PAGE.write_text(before + START + text + END + rest.partition(END)[2], encoding="ascii")
+    keep(PAGE, START, END, text)
     print(text)
     return int(any(tried.problems for tried in trials))
 

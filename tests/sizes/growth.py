@@ -18,9 +18,10 @@ from math import ceil
 from pathlib import Path
 
 from stillgraph.cpu import cpu_name
+from tests.page import keep, table
 from tests.sizes import geometry
-from tests.sizes.page import keep, table
 
+PAGE = Path(__file__).with_name("README.md")
 EVERY = 0.05  # seconds between two looks at a process
 KIB = 1024 / 1e9
 COLUMNS = (
@@ -135,7 +136,7 @@ def main() -> None:
             shutil.rmtree(out)
         shutil.rmtree(checkpoint)
     rows.sort(key=lambda row: (row.precision, row.layers))
-    keep(START, END, render(rows))
+    keep(PAGE, START, END, render(rows))
     print(render(rows))
 
 

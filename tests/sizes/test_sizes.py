@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stillgraph.exporter.checkpoint import open_checkpoint
-from tests.sizes import geometry, growth, page
+from tests.page import keep
+from tests.sizes import geometry, growth
 from tests.sizes.geometry import Geometry
 
 SMALL = Geometry(hidden=64, inner=96, heads=2, kv_heads=1, window=8, layers=7, head=32, vocabulary=128)
@@ -43,12 +44,11 @@ def test_private_memory_is_seen_apart_from_mapped_files(tmp_path: Path) -> None:
     assert end[0] - start[0] < 0.01 < 0.04 < end[1] - start[1]
 
 
-def test_the_page_keeps_what_is_around_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_keeps_what_is_around_its_parts(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- a -->\nold\n<!-- end -->\nafter\n", encoding="ascii")
-    monkeypatch.setattr(page, "PAGE", path)
     row = growth.Grown(2, "int4", 1.5, 0.5, 3.25, 4.0, 61.2)
-    page.keep("<!-- a -->\n", "<!-- end -->\n", growth.render([row]))
+    keep(path, "<!-- a -->\n", "<!-- end -->\n", growth.render([row]))
     text = path.read_text(encoding="ascii")
     assert text.startswith("before\n<!-- a -->\n| layers |")
     assert "| 2 | int4 | 1.50 | 0.50 | 3.25 | 4.00 | 61 |" in text
