@@ -1,4 +1,4 @@
-"""Attention as one product for q, k, v and one op for RoPE, cache, mask and softmax."""
+"""Attention as one product for q, k, v (`side_by_side`) and one op for RoPE, cache, mask and softmax."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stillgraph.patches.patch import Patch, forward_of
+from stillgraph.patches.side_by_side import side_by_side
 
 SIGNATURE = (
     "self",
@@ -22,19 +22,12 @@ SIGNATURE = (
 
 
 def _projected(self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Queries [B, S, H * D], keys and values [B, S, KV * D], of one product.
-
-    The concatenation of weights is theirs alone, so it is done once, when the weights are written.
-    """
+    """Queries [B, S, H * D], keys and values [B, S, KV * D], of one product where they are stored alike."""
     if hasattr(self, "qkv_proj"):
         product, queries = self.qkv_proj(hidden), self.o_proj.weight.shape[1]
         others = (product.shape[-1] - queries) // 2
         return torch.split(product, [queries, others, others], dim=-1)
-    projections = (self.q_proj, self.k_proj, self.v_proj)
-    weight = torch.cat([projection.weight for projection in projections])
-    bias = None if self.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
-    sizes = [projection.weight.shape[0] for projection in projections]
-    return torch.split(functional.linear(hidden, weight, bias), sizes, dim=-1)
+    return tuple(side_by_side(hidden, (self.q_proj, self.k_proj, self.v_proj)))
 
 
 def _normed(norm: Any, heads: Tensor, shifted: bool) -> Tensor:

@@ -1,21 +1,18 @@
-"""The gated MLP with one product for gate and up."""
+"""The gated MLP with one product for gate and up (`side_by_side`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stillgraph.patches.patch import Patch, forward_of
+from stillgraph.patches.side_by_side import side_by_side
 
 
 def forward(self: Any, x: Tensor) -> Tensor:
-    """`forward` of a gated MLP; the concatenation is of weights alone, done once when they are written."""
-    weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])
-    bias = None if self.gate_proj.bias is None else torch.cat([self.gate_proj.bias, self.up_proj.bias])
-    gate, up = functional.linear(x, weight, bias).chunk(2, dim=-1)
+    """`forward` of a gated MLP."""
+    gate, up = side_by_side(x, (self.gate_proj, self.up_proj))
     down: Tensor = self.down_proj(self.act_fn(gate) * up)
     return down
 

@@ -184,6 +184,7 @@ def tiny_bundle(
         target: str = "portable",
         slack: int = 15,
         fast_prefill: bool = False,
+        keep: tuple[str, ...] = (),
         **config: Any,
     ) -> Path:
         from stillgraph.exporter.bundle.build import export
@@ -194,7 +195,7 @@ def tiny_bundle(
 
         checkpoint = tiny_checkpoint(**config)
         extra = None if target == "portable" else slack
-        key = json.dumps([shapes, precision, batch, target, extra, fast_prefill, str(checkpoint)])
+        key = json.dumps([shapes, precision, batch, target, extra, fast_prefill, keep, str(checkpoint)])
         if key not in made:
             out = tmp_path_factory.mktemp("bundle") / "tiny"
             graphs = [
@@ -203,7 +204,7 @@ def tiny_bundle(
             ]
             values: dict[str, Any] = {"model": str(checkpoint), "target": target, "precision": precision}
             if precision == "int4":  # all of it at four bits, and no text to round it for
-                values |= PLAIN_INT4
+                values |= PLAIN_INT4 | {"keep": [*PLAIN_INT4["keep"], *keep]}
             export(
                 request(**values, batch=batch, fast_prefill=fast_prefill, out=out),
                 graphs,

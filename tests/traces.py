@@ -11,13 +11,14 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 BUILD = "stillgraph.exporter.bundle.build"
+NEIGHBORS = {"k_proj": "q_proj", "v_proj": "k_proj", "up_proj": "gate_proj"}
 
 
 class Shared:
@@ -34,6 +35,7 @@ class Shared:
         precision: Any,
         split_mlp: bool = False,
         kept_fp32: Any = (),
+        stored: Callable[[str], Any] = lambda name: None,
     ) -> Any:
         import onnx_ir as ir
 
@@ -41,7 +43,7 @@ class Shared:
         from stillgraph.exporter.trace.tracing import _patches
 
         def trace() -> Any:
-            options = {"split_mlp": split_mlp, "kept_fp32": kept_fp32}
+            options = {"split_mlp": split_mlp, "kept_fp32": kept_fp32, "stored": stored}
             return self.convert(checkpoint, shape, target, precision, **options)
 
         if self.fresh:
@@ -54,6 +56,7 @@ class Shared:
             "opset": TARGETS[target].opset,
             "patches": [patch.name for patch in patches],
             "kept_fp32": sorted(kept_fp32),
+            "apart": _apart(checkpoint.tensors, stored),
         }
         key = hashlib.sha256(json.dumps(of, default=str, sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{key}.onnx"
@@ -62,6 +65,17 @@ class Shared:
             ir.save(trace(), own)
             own.replace(path)
         return ir.load(path)
+
+
+def _apart(names: Iterable[str], stored: Callable[[str], Any]) -> list[str]:
+    """Weights that are not stored like the one before them whose product they may share."""
+    pairs = [
+        (name.replace(own, before), name)
+        for name in names
+        for own, before in NEIGHBORS.items()
+        if f".{own}." in name
+    ]
+    return sorted(name for before, name in pairs if stored(before) != stored(name))
 
 
 def _built(config: Any) -> Any:

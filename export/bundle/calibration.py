@@ -28,7 +28,7 @@ from stillgraph.exporter.quantize.sensitivity import choose, sensitivity
 from stillgraph.exporter.quantize.text import file_texts
 from stillgraph.manifest import Manifest, Precision, Quantization
 
-ALGORITHM = 2  # another number for other numbers: what an earlier version left is not taken up
+ALGORITHM = 3  # another number for other numbers: what an earlier version left is not taken up
 BITS = 4  # what 8 bits cost a model is next to nothing
 BETTER: Precision = "int8"  # for weights that matter
 TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
@@ -117,10 +117,10 @@ class Calibration:
             self._say(f"measuring which weights matter: {line}")
 
         self._calibrate(dict.fromkeys(names, few), lambda: part(ROUNDED), first, say)
-        units = sensitivity(self.checkpoint, stored, part(MEASURED), say)
-        free = [unit for unit in units if self.plan.precision_of(unit.names) == CALIBRATED]
+        costs = sensitivity(self.checkpoint, stored, part(MEASURED), say)
+        free = [cost for cost in costs if self.plan.precision_of((cost.name,)) == CALIBRATED]
         chosen, _ = choose(free, few, many, budget)
-        return sorted(name.removesuffix(".weight") for unit in chosen for name in unit.names)
+        return sorted(cost.name.removesuffix(".weight") for cost in chosen)
 
     def _texts(self) -> Tensor:
         checkpoint, own = self.checkpoint, self.config.calibrate == SAMPLES

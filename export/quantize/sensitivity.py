@@ -29,22 +29,19 @@ TOKENS = 64  # whose logits are in memory at once
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Weights that are one product, for they have one input: they get the same bits.
+class Cost:
+    """Of storing a weight as it was measured, in nats a token. numbers: how many it has."""
 
-    cost: of storing it as it was measured, nats a token; numbers: how many it has.
-    """
-
-    names: tuple[str, ...]
+    name: str
     numbers: int
     columns: int
-    cost: float
+    nats: float
 
 
-def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -> list[Unit]:
+def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -> list[Cost]:
     """Every product of the decoder's layers, and what storing it so would cost. ids: int64 [B, S]."""
     model = checkpoint.build("sdpa")
-    decoder, found = checkpoint.family.decoder(model), list[Unit]()
+    decoder, found = checkpoint.family.decoder(model), list[Cost]()
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     with streamed(checkpoint, model) as embedded, torch.no_grad():
         hooks = [
@@ -61,8 +58,8 @@ def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -
         names = layer_products(checkpoint, model)
         for index in reversed(range(len(names))):
             say(f"back to layer {index + 1} of {len(names)}")
-            units, gradient = _back(calls.pop(), names[index], gradient, stored)
-            found += units
+            costs, gradient = _back(calls.pop(), names[index], gradient, stored)
+            found += costs
     return found
 
 
@@ -87,13 +84,13 @@ def _back(
     products: Mapping[str, nn.Linear],
     gradient: Tensor,
     stored: Stored,
-) -> tuple[list[Unit], Tensor]:
-    """A layer's units, and the gradient by its input. call: the layer, and what it was called with."""
+) -> tuple[list[Cost], Tensor]:
+    """What a layer's weights cost, and the gradient by its input. call: the layer, and what it is given."""
     layer, inputs, options = call
-    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # input, output, what rounding adds to the output
+    seen: dict[str, tuple[Tensor, Tensor]] = {}  # output, and what rounding adds to it
 
     def keep(name: str, module: nn.Linear, x: Tensor, output: Tensor) -> None:
-        seen[name] = x, output, functional.linear(x.detach(), stored(name) - module.weight)
+        seen[name] = output, functional.linear(x.detach(), stored(name) - module.weight)
 
     hooks = [
         module.register_forward_hook(lambda m, x, y, name=name: keep(name, m, x[0], y))
@@ -102,24 +99,21 @@ def _back(
     with torch.enable_grad():
         start = inputs[0].detach().requires_grad_()
         output = layer(start, *inputs[1:], **options)
-        wanted = [start, *(output for _, output, _ in seen.values())]
+        wanted = [start, *(output for output, _ in seen.values())]
         back, *gradients = torch.autograd.grad(output, wanted, gradient)
     for hook in hooks:
         hook.remove()
-    groups: dict[int, list[tuple[str, Tensor]]] = {}
-    for (name, (x, _, added)), g in zip(seen.items(), gradients, strict=True):
-        groups.setdefault(id(x), []).append((name, (g * added).sum(-1)))
-    units = [_unit(products, group) for group in groups.values()]
+    costs = [
+        Cost(
+            name,
+            products[name].weight.numel(),
+            products[name].weight.shape[1],
+            float((g * added).sum(-1).square().mean()) / 2,
+        )
+        for (name, (_, added)), g in zip(seen.items(), gradients, strict=True)
+    ]
     empty(layer)
-    return units, back
-
-
-def _unit(products: Mapping[str, nn.Linear], group: list[tuple[str, Tensor]]) -> Unit:
-    """group: names of weights, and what rounding each adds to the loss of each token [B, S]."""
-    names = tuple(name for name, _ in group)
-    cost = sum(float(added.square().mean()) for _, added in group) / 2
-    shapes = [products[name].weight.shape for name in names]
-    return Unit(names, sum(rows * columns for rows, columns in shapes), shapes[0][1], cost)
+    return costs, back
 
 
 def bits_of(form: Format, columns: int) -> float:
@@ -127,21 +121,21 @@ def bits_of(form: Format, columns: int) -> float:
     return form.blocks(columns) * block_bits(form.bits, form.block, form.symmetric) / columns
 
 
-def choose(units: list[Unit], few: Format, many: Format, budget: float) -> tuple[list[Unit], float]:
-    """The units that are stored in `many` for `budget` bits a weight over all units, and the bits they take.
+def choose(costs: list[Cost], few: Format, many: Format, budget: float) -> tuple[list[Cost], float]:
+    """The weights that are stored in `many` for `budget` bits a number over all, and the bits they take.
 
     By what they would cost in `few` for each bit that `many` needs more, the dearest first; one that does not
     fit is left out.
     """
-    numbers = sum(unit.numbers for unit in units)
-    taken = sum(unit.numbers * bits_of(few, unit.columns) for unit in units)
+    numbers = sum(cost.numbers for cost in costs)
+    taken = sum(cost.numbers * bits_of(few, cost.columns) for cost in costs)
     chosen = []
 
-    def more(unit: Unit) -> float:
-        return unit.numbers * (bits_of(many, unit.columns) - bits_of(few, unit.columns))
+    def more(cost: Cost) -> float:
+        return cost.numbers * (bits_of(many, cost.columns) - bits_of(few, cost.columns))
 
-    for unit in sorted(units, key=lambda unit: unit.cost / more(unit), reverse=True):
-        if taken + more(unit) <= budget * numbers:
-            taken += more(unit)
-            chosen.append(unit)
+    for cost in sorted(costs, key=lambda cost: cost.nats / more(cost), reverse=True):
+        if taken + more(cost) <= budget * numbers:
+            taken += more(cost)
+            chosen.append(cost)
     return chosen, taken / numbers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -25,6 +25,7 @@ from stillgraph.manifest import Precision, Target
 from stillgraph.patches.direct_lowering import DIRECT_LOWERING
 from stillgraph.patches.half_weights import half_linear
 from stillgraph.patches.patch import Patch, applied
+from stillgraph.patches.side_by_side import mark
 from stillgraph.patches.torchlib_registry import TORCHLIB_REGISTRY
 from stillgraph.ports import NEW, PAST, Port, input_ports, output_ports
 from stillgraph.spec import GraphShape
@@ -42,11 +43,13 @@ def convert(
     precision: Precision,
     split_mlp: bool = False,
     kept_fp32: Collection[str] = (),
+    stored: Callable[[str], Hashable] = lambda name: None,
 ) -> ir.Model:
     """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
 
-    split_mlp: gate and up are two products; kept_fp32: linear modules that stay so in fp16. The weights'
-    contents are not those of the checkpoint: the model is traced over untouched memory.
+    split_mlp: gate and up are two products; kept_fp32: linear modules that stay so in fp16; stored: what
+    a weight is stored in, by its name: those of one input that are stored alike may be one product. The
+    weights' contents are not those of the checkpoint: the model is traced over untouched memory.
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
@@ -55,6 +58,7 @@ def convert(
     with registered_attention(), applied((*patches, *EXPORTER)), quiet(), lean(), torch.no_grad():
         model = checkpoint.build(ATTENTION)
         keep_fp32(model, kept_fp32)
+        mark(model, stored)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
         program = torch.onnx.export(
             module,

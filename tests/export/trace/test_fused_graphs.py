@@ -98,6 +98,27 @@ def test_a_decode_has_few_nodes_and_none_that_moves_data(
     assert len(ops) - len(attends) * most <= 20  # what there is once: embedding, lengths, positions, head
 
 
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (("v_proj=int8",), {"q_proj+k_proj", "v_proj", "gate_proj+up_proj"}),
+        (("k_proj=int8",), {"q_proj", "k_proj", "v_proj", "gate_proj+up_proj"}),
+        (("self_attn=int8", "up_proj=int8"), {"q_proj+k_proj+v_proj", "gate_proj", "up_proj"}),
+    ],
+)
+def test_weights_of_one_input_are_one_product_where_they_are_stored_alike(
+    tiny_bundle: Bundle, keep: tuple[str, ...], expected: set[str]
+) -> None:
+    bundle = tiny_bundle(precision="int4", keep=keep, **ORT)
+    for graph in graphs_of(bundle).values():
+        products = {node.input[1] for node in graph.node if node.op_type == "MatMulNBits"}
+        parts = {part for name in products for part in name.split(".") if part.partition("_proj")[1]}
+        assert parts == expected | {"o_proj", "down_proj"}
+    parity = validate(bundle, depth="default", say=lambda line: None)
+    assert parity.passed
+    assert max(c.worst.relative_error for c in parity.cases if not c.optimized) < 1e-5
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_fast_prefill_quantizes_each_input_once(tiny_bundle: Bundle, batch: int) -> None:
     """Gate and up share theirs, and up is not scaled for a product whose codes do not depend on its scale."""
