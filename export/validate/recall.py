@@ -15,7 +15,7 @@ from stillgraph.exporter.validate.cases import limit
 from stillgraph.exporter.validate.driver import Cache, GraphRun
 from stillgraph.manifest import Manifest
 
-QUESTIONS = 100
+QUESTIONS = 300
 
 
 def recall(bundle: Path, manifest: Manifest, model: PreTrainedModel) -> tuple[float, float]:
