@@ -26,8 +26,9 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.InferenceSession:
-    """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve.
+def open_graph(path: Path, optimized: bool, pack: bool = False, traced: bool = False) -> ort.InferenceSession:
+    """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve;
+    traced: of a graph that was not simplified.
 
     Without packing MatMulNBits widens weights to fp32 and multiplies in fp32; with it, int8 by int4 or int8.
     """
@@ -37,8 +38,9 @@ def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.Inference
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False
         # Else all weights are widened to fp32 before the first product, and held. By priority means in the
-        # order of the file, but for ops that are functions: those come last.
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        # order of the file, but for ops that are functions, as a trace has them: those come last.
+        if not traced:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from stillgraph.calling import Calling
 from stillgraph.errors import StillgraphError
@@ -143,7 +142,6 @@ def _trace(
         stored=lambda name: None if plan is None else plan.precision_of((name,)),
     )
     recipes: list[Weight] = [*take_out(model, list(checkpoint.tensors))]
-    common.InlinePass()(model)  # so that ONNX Runtime has its nodes in one order, the file's, to compare it
     before = model.clone()
     say(f"simplifying {shape.name}")
     after, steps = simplify(model, shape.grows)

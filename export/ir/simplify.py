@@ -149,7 +149,7 @@ def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed:
     """
     results = []
     for path in (before, after):
-        session = open_graph(path, optimized=False)
+        session = open_graph(path, optimized=False, traced=path is before)
         feeds = random_inputs(session, seed)
         fixed = all(isinstance(size, int) for value in session.get_outputs() for size in value.shape)
         results.append(run(session, feeds, aliases) if fixed else session.run(None, feeds))
