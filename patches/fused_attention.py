@@ -22,7 +22,7 @@ SIGNATURE = (
 
 
 def _projected(self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Queries [B, S, H * D], keys and values [B, S, KV * D], of one product where they are stored alike."""
+    """Queries [B, S, H * D], keys and values [B, S, KV * D], of one product where they are alike."""
     if hasattr(self, "qkv_proj"):
         product, queries = self.qkv_proj(hidden), self.o_proj.weight.shape[1]
         others = (product.shape[-1] - queries) // 2

@@ -33,9 +33,8 @@ class Shared:
         shape: Any,
         target: Any,
         precision: Any,
-        split_mlp: bool = False,
         kept_fp32: Any = (),
-        stored: Callable[[str], Any] = lambda name: None,
+        alike: Callable[[str], Any] = lambda name: None,
     ) -> Any:
         import onnx_ir as ir
 
@@ -43,20 +42,20 @@ class Shared:
         from stillgraph.exporter.trace.tracing import _patches
 
         def trace() -> Any:
-            options = {"split_mlp": split_mlp, "kept_fp32": kept_fp32, "stored": stored}
+            options = {"kept_fp32": kept_fp32, "alike": alike}
             return self.convert(checkpoint, shape, target, precision, **options)
 
         if self.fresh:
             return trace()
         # All that `convert` takes from a target and a precision: codes and layouts are decided after it.
-        patches = _patches(checkpoint, shape, target, precision, split_mlp)
+        patches = _patches(checkpoint, shape, target, precision)
         of = {
             "model": [str(checkpoint.family.build), _built(checkpoint.config.to_dict()), checkpoint.tied],
             "shape": shape.model_dump(),
             "opset": TARGETS[target].opset,
             "patches": [patch.name for patch in patches],
             "kept_fp32": sorted(kept_fp32),
-            "apart": _apart(checkpoint.tensors, stored),
+            "apart": _apart(checkpoint.tensors, alike),
         }
         key = hashlib.sha256(json.dumps(of, default=str, sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{key}.onnx"
@@ -67,15 +66,15 @@ class Shared:
         return ir.load(path)
 
 
-def _apart(names: Iterable[str], stored: Callable[[str], Any]) -> list[str]:
-    """Weights that are not stored like the one before them whose product they may share."""
+def _apart(names: Iterable[str], alike: Callable[[str], Any]) -> list[str]:
+    """Weights that are not alike with the one before them, whose product they may share."""
     pairs = [
         (name.replace(own, before), name)
         for name in names
         for own, before in NEIGHBORS.items()
         if f".{own}." in name
     ]
-    return sorted(name for before, name in pairs if stored(before) != stored(name))
+    return sorted(name for before, name in pairs if alike(before) != alike(name))
 
 
 def _built(config: Any) -> Any:

@@ -137,9 +137,8 @@ def _trace(
         shape,
         config.target,
         config.precision,
-        split_mlp=plan is not None and plan.splits_mlp(shape),
         kept_fp32=kept_fp32,
-        stored=lambda name: None if plan is None else plan.precision_of((name,)),
+        alike=lambda name: None if plan is None else plan.alike(name, shape),
     )
     recipes: list[Weight] = [*take_out(model, list(checkpoint.tensors))]
     before = model.clone()

@@ -103,7 +103,7 @@ class Calibration:
         budget = self.quantization.budget
         assert budget is not None
         few, many = (self.plan.form(precision) for precision in (CALIBRATED, BETTER))
-        names = [name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED]
+        names = {name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED}
         ids, first = self.texts(), Rounded(self._rounded.folder / "measured")
 
         def part(tokens: int) -> Tensor:
@@ -118,8 +118,7 @@ class Calibration:
 
         self._calibrate(dict.fromkeys(names, few), lambda: part(ROUNDED), first, say)
         costs = sensitivity(self.checkpoint, stored, part(MEASURED), say)
-        free = [cost for cost in costs if self.plan.precision_of((cost.name,)) == CALIBRATED]
-        chosen, _ = choose(free, few, many, budget)
+        chosen, _ = choose([cost for cost in costs if cost.name in names], few, many, budget)
         return sorted(cost.name.removesuffix(".weight") for cost in chosen)
 
     def _texts(self) -> Tensor:

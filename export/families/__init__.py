@@ -75,13 +75,12 @@ class Family:
 
     architecture: its class name; model_type: the `model_type` of its config; config(raw): the config object
     of a raw config.json; refuse(config): why such a checkpoint cannot be exported, or None; spec(config): the
-    model's shape; build: its class in transformers; patches(config, target, precision,
-    split_mlp=False): what is changed while it is traced, split_mlp: gate and up stay two products;
-    masks(config, masks by layer kind): what its decoder takes as attention_mask; rotary(its rotary embedding,
-    positions [B, S], layer kind): cos and sin [B, S, R], R the part of a head that is rotated;
-    decoder(model): the part that `lm_head` follows; logits(decoder's config, what `lm_head` returns); limit:
-    what its max_position_embeddings are, in words; features(model, pixel_values [N, 3, H, W]): what stands
-    for N pictures in a prompt, [N, T, hidden]; None where it takes no pictures.
+    model's shape; build: its class in transformers; patches(config, target, precision): what is
+    changed while it is traced; masks(config, masks by layer kind): what its decoder takes as attention_mask;
+    rotary(its rotary embedding, positions [B, S], layer kind): cos and sin [B, S, R], R the part of a head
+    that is rotated; decoder(model): the part that `lm_head` follows; logits(decoder's config, what `lm_head`
+    returns); limit: what its max_position_embeddings are, in words; features(model, pixel_values [N, 3, H,
+    W]): what stands for N pictures in a prompt, [N, T, hidden]; None where it takes no pictures.
     """
 
     architecture: str
@@ -165,13 +164,11 @@ def decoder_family(
         "masks": by_kind if kinds is layer_types else only_mask,
     }
 
-    def patches(
-        config: Any, target: Target, precision: Precision, split_mlp: bool = False
-    ) -> tuple[Patch, ...]:
+    def patches(config: Any, target: Target, precision: Precision) -> tuple[Patch, ...]:
         for_target: tuple[Patch, ...] = (rms_norm(norm, shifted),)
         if TARGETS[target].own_ops:
             for_target = rms_normalization(norm, shifted), attention
-            for_target += (fused_mlp(mlp),) if mlp and not split_mlp else ()
+            for_target += (fused_mlp(mlp),) if mlp else ()
         return *traced(config), *for_target, *weight_patches(config.tie_word_embeddings, precision)
 
     return Family(

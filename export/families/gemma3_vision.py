@@ -47,9 +47,9 @@ def spec(config: Any) -> ModelSpec:
     return text.model_copy(update={"architecture": ARCHITECTURE, "vision": pictures})
 
 
-def patches(config: Any, *how: Any, **options: Any) -> tuple[Patch, ...]:
+def patches(config: Any, *how: Any) -> tuple[Patch, ...]:
     """Those of the decoder."""
-    return TEXT.patches(own_text(config), *how, **options)
+    return TEXT.patches(own_text(config), *how)
 
 
 def features(model: Any, pixel_values: Tensor) -> Tensor:

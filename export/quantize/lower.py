@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -59,6 +59,11 @@ class StoragePlan:
         which the decode graph reads as well.
         """
         return self.fast and shape.max_len > 1 and "fp32" not in self.quantization.keep.values()
+
+    def alike(self, name: str, shape: GraphShape) -> Hashable:
+        """Equal for weights of the decoder that are one product in a graph where they have one input."""
+        precision = self.precision_of((name,))
+        return (precision, name) if ".up_proj." in name and self.splits_mlp(shape) else precision
 
     def precision_of(self, sources: Iterable[str], tied: bool = False) -> Precision:
         """What a weight made of these tensors of the checkpoint is stored in.

@@ -39,7 +39,7 @@ class Cost:
 
 
 def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -> list[Cost]:
-    """Every product of the decoder's layers, and what storing it so would cost. ids: int64 [B, S]."""
+    """What storing each weight of the decoder's layers so would cost. ids: int64 [B, S]."""
     model = checkpoint.build("sdpa")
     decoder, found = checkpoint.family.decoder(model), list[Cost]()
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []

@@ -41,24 +41,23 @@ def convert(
     shape: GraphShape,
     target: Target,
     precision: Precision,
-    split_mlp: bool = False,
     kept_fp32: Collection[str] = (),
-    stored: Callable[[str], Hashable] = lambda name: None,
+    alike: Callable[[str], Hashable] = lambda name: None,
 ) -> ir.Model:
     """One graph of a checkpoint as ONNX; its weights are initializers with the checkpoint's tensor names.
 
-    split_mlp: gate and up are two products; kept_fp32: linear modules that stay so in fp16; stored: what
-    a weight is stored in, by its name: those of one input that are stored alike may be one product. The
-    weights' contents are not those of the checkpoint: the model is traced over untouched memory.
+    kept_fp32: linear modules that stay so in fp16; alike: of a weight's name, equal for those that may be
+    one product where they have one input. The weights' contents are not those of the checkpoint: the model
+    is traced over untouched memory.
     """
     spec = checkpoint.spec
     inputs, outputs = input_ports(spec, shape), output_ports(spec, shape)
-    patches = _patches(checkpoint, shape, target, precision, split_mlp)
+    patches = _patches(checkpoint, shape, target, precision)
     # Without gradients, a model's own `no_grad` is no block of its own in the graph.
     with registered_attention(), applied((*patches, *EXPORTER)), quiet(), lean(), torch.no_grad():
         model = checkpoint.build(ATTENTION)
         keep_fp32(model, kept_fp32)
-        mark(model, stored)
+        mark(model, alike)
         module = GRAPHS[shape.role](model, checkpoint.family, spec, shape).eval()
         program = torch.onnx.export(
             module,
@@ -96,12 +95,12 @@ def lengths(inputs: Sequence[Port]) -> tuple[object, ...]:
 
 
 def _patches(
-    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision, split_mlp: bool
+    checkpoint: Checkpoint, shape: GraphShape, target: Target, precision: Precision
 ) -> tuple[Patch, ...]:
     """A family's patches are of its decoder; a tower is traced as it is, its matrices in fp16 at most."""
     if shape.role == "vision":
         return (half_linear(torch.nn.Linear),) if precision == "fp16" else ()
-    return checkpoint.family.patches(checkpoint.config, target, precision, split_mlp=split_mlp)
+    return checkpoint.family.patches(checkpoint.config, target, precision)
 
 
 def _name_weights(model: ir.Model, names: dict[str, str]) -> None:
