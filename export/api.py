@@ -43,6 +43,7 @@ def export(
     fast_prefill: bool = False,
     calibrate: str | Path = SAMPLES,
     budget: float | None = None,
+    kl: float | None = None,
     batch: int = 1,
     validate: bool = True,
     text: Sequence[str | Path] = (),
@@ -55,9 +56,9 @@ def export(
     artifacts/<model>; max_len: tokens that the prefill takes at once; block_size: 32, 64 or 128, by default
     64 with int4 and 32 with int8; asymmetric: zero points, by default with int4; keep: PATTERN=PRECISION,
     weights kept otherwise; calibrate: what int4 is rounded for: a file of text, `samples` of the model's own,
-    or `none`; budget: bits a weight of int4, by default 5.5 where it is calibrated; validate: compare with
-    PyTorch, which takes most memory; text: files that its statistics are made over, by default texts that
-    ship; progress: called with what is being done, in a few words.
+    or `none`; budget: bits a weight of int4, by default 5.5 where it is calibrated, or kl: nats that its four
+    bits may cost; validate: compare with PyTorch, which takes most memory; text: files that its statistics
+    are made over, by default texts that ship; progress: called with what is being done, in a few words.
 
     Raises StillgraphError for wrong use and bad input, and for what is not installed; then the previous
     bundle is as it was. Raises CheckFailed, a StillgraphError, where a graph fails its checks, or where the
@@ -73,6 +74,7 @@ def export(
         fast_prefill=fast_prefill,
         calibrate=str(calibrate),
         budget=budget,
+        kl=kl,
         batch=batch,
         out=None if out is None else Path(out),
     )

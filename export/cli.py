@@ -72,6 +72,12 @@ Budget = Annotated[
         help="Bits a weight of int4, which go to the weights that matter most.", show_default=f"{BUDGET}"
     ),
 ]
+Divergence = Annotated[
+    float | None,
+    typer.Option(
+        "--kl", help="Instead of --budget: nats of divergence that four bits may cost.", show_default=False
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Rows of every graph.")]
 Out = Annotated[Path | None, typer.Option(help="The bundle's folder.", show_default="artifacts/<model>")]
 MaxLen = Annotated[int, typer.Option(help="Tokens that the prefill takes at once.")]
@@ -95,6 +101,7 @@ def prefill(
     fast_prefill: FastPrefill = False,
     calibrate: Calibrate = SAMPLES,
     budget: Budget = None,
+    kl: Divergence = None,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
@@ -111,6 +118,7 @@ def prefill(
         fast_prefill=fast_prefill,
         calibrate=calibrate,
         budget=budget,
+        kl=kl,
         batch=batch,
         out=out,
     )
@@ -129,6 +137,7 @@ def decode(
     fast_prefill: FastPrefill = False,
     calibrate: Calibrate = SAMPLES,
     budget: Budget = None,
+    kl: Divergence = None,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
@@ -145,6 +154,7 @@ def decode(
         fast_prefill=fast_prefill,
         calibrate=calibrate,
         budget=budget,
+        kl=kl,
         batch=batch,
         out=out,
     )
@@ -162,6 +172,7 @@ def vision(
     fast_prefill: FastPrefill = False,
     calibrate: Calibrate = SAMPLES,
     budget: Budget = None,
+    kl: Divergence = None,
     batch: Batch = 1,
     out: Out = None,
     quiet: Quiet = False,
@@ -178,6 +189,7 @@ def vision(
         fast_prefill=fast_prefill,
         calibrate=calibrate,
         budget=budget,
+        kl=kl,
         batch=batch,
         out=out,
     )
@@ -212,6 +224,7 @@ def bundle(
     fast_prefill: FastPrefill = False,
     calibrate: Calibrate = SAMPLES,
     budget: Budget = None,
+    kl: Divergence = None,
     batch: Batch = 1,
     out: Out = None,
     validated: Annotated[
@@ -236,6 +249,7 @@ def bundle(
         fast_prefill=fast_prefill,
         calibrate=calibrate,
         budget=budget,
+        kl=kl,
         batch=batch,
         out=out,
     )

@@ -52,6 +52,7 @@ def request(
     fast_prefill: bool = False,
     calibrate: str = NONE,
     budget: float | None = None,
+    kl: float | None = None,
     **values: Any,
 ) -> ExportConfig:
     """An ExportConfig of command-line values. Raises StillgraphError for values that do not go together."""
@@ -71,10 +72,10 @@ def request(
         if fast_prefill and not TARGETS[target].own_ops:
             problem = f"--fast-prefill is made of ops that --target {target} does not use"
             raise StillgraphError(STAGE, problem, "use --target onnxruntime")
-        how = few_bits(precision, block_size, asymmetric, keep, calibrate, budget)
+        how = few_bits(precision, block_size, asymmetric, keep, calibrate, budget, kl)
         values["quantization"] = how.model_copy(update={"fast_prefill": fast_prefill})
-    elif block_size is not None or asymmetric is not None or keep or fast_prefill or budget is not None:
-        named = "--block-size, --asymmetric, --keep, --budget and --fast-prefill"
+    elif keep or fast_prefill or any(value is not None for value in (block_size, asymmetric, budget, kl)):
+        named = "--block-size, --asymmetric, --keep, --budget, --kl and --fast-prefill"
         problem = f"{named} do nothing at --precision {precision}"
         raise StillgraphError(STAGE, problem, "leave them out, or use --precision int8 or int4")
     if precision != CALIBRATED and calibrate not in (SAMPLES, NONE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from stillgraph.errors import StillgraphError
@@ -27,10 +28,11 @@ def few_bits(
     keep: Sequence[str],
     calibrate: str,
     budget: float | None,
+    kl: float | None = None,
 ) -> Quantization:
     """The quantization of command-line values. Raises StillgraphError for values that do not go together.
 
-    What is None is chosen: `BLOCK_SIZE`, at int4 zero points, and a budget where it is calibrated.
+    What is None is chosen: `BLOCK_SIZE`, at int4 zero points, and where it is calibrated a budget.
     """
     size = BLOCK_SIZE[precision] if block_size is None else block_size
     if size not in BLOCK_SIZES:
@@ -46,19 +48,36 @@ def few_bits(
         symmetric=symmetric,
         keep=tables | asked,
         calibration=calibration,
-        budget=_budget(budget, precision, calibration, size, symmetric),
+        budget=_budget(budget, kl, precision, calibration, size, symmetric),
+        kl=kl,
     )
 
 
 def _budget(
-    budget: float | None, precision: Precision, calibration: str | None, size: int, symmetric: bool
+    budget: float | None,
+    kl: float | None,
+    precision: Precision,
+    calibration: str | None,
+    size: int,
+    symmetric: bool,
 ) -> float | None:
-    if budget is None:
-        return BUDGET if calibration else None
-    if calibration is None:
+    given = [f"--{name} {value:g}" for name, value in (("budget", budget), ("kl", kl)) if value is not None]
+    if given and calibration is None:
         how = f"--calibrate {NONE}" if precision == CALIBRATED else f"--precision {precision}"
-        problem = f"--budget {budget:g} is given to what a calibration finds to matter, and {how} has none"
+        problem = f"{given[0]} is given to what a calibration finds to matter, and {how} has none"
         raise StillgraphError(STAGE, problem, "leave one of them out")
+    if len(given) > 1:
+        problem = f"{given[0]} and {given[1]} both say how many weights get eight bits"
+        raise StillgraphError(STAGE, problem, "leave one of them out")
+    if kl is not None and not 0 <= kl < math.inf:
+        problem = f"--kl {kl:g} is no divergence in nats"
+        raise StillgraphError(STAGE, problem, "give for example --kl 0.05")
+    if budget is not None:
+        _check_bits(budget, size, symmetric)
+    return BUDGET if calibration and not given else budget
+
+
+def _check_bits(budget: float, size: int, symmetric: bool) -> None:
     least, most = PRECISIONS["int4"].bits, PRECISIONS["int8"].bits
     assert least is not None
     assert most is not None
@@ -70,7 +89,6 @@ def _budget(
     if not least <= budget <= most + 1:
         problem = f"--budget {budget:g} is no number of bits between {least} and {most + 1}"
         raise StillgraphError(STAGE, problem, f"give for example --budget {BUDGET}")
-    return budget
 
 
 def block_bits(bits: int, size: int, symmetric: bool) -> int:

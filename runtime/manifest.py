@@ -127,7 +127,8 @@ class Quantization(Frozen):
     symmetric: no zero points; keep: patterns of weight names and the precision those are kept at instead;
     fast_prefill: there is a second prefill graph of int8 activations, with weights of its own: int8, one
     scale an output channel. calibration: what four bits were rounded for, `samples` of the model's own or the
-    SHA-256 of a text; budget: bits a weight of the layers; better: as keep, what is measured to be worth it.
+    SHA-256 of a text; budget: bits a weight of the layers, or kl: nats that their four bits may cost; better:
+    as keep, what is measured to be worth it.
     """
 
     block_size: PositiveInt
@@ -136,7 +137,13 @@ class Quantization(Frozen):
     fast_prefill: bool = False
     calibration: str | None = None
     budget: float | None = None
+    kl: float | None = None
     better: dict[str, Precision] = Field(default_factory=dict)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether weights that matter have more bits."""
+        return self.budget is not None or self.kl is not None
 
 
 class Quality(Frozen):

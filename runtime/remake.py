@@ -52,6 +52,7 @@ def _storage(raw: Mapping[str, Any]) -> dict[str, Any]:
         "--symmetric": how.get("symmetric") is True and four,
         "--calibrate": _calibrate(how["calibration"]) if four else None,
         "--budget": how.get("budget"),
+        "--kl": how.get("kl"),
         "--keep": [f"{pattern}={precision}" for pattern, precision in keep.items()],
         "--fast-prefill": how.get("fast_prefill") is True,
     }

@@ -46,7 +46,7 @@ def begin(
     if how is None or how.calibration is None:
         return config, None
     calibration = Calibration(config, checkpoint, how, folder, say)
-    if how.budget is not None:
+    if how.mixed:
         asked = former.quantization if former else None
         how = how.model_copy(update={"better": asked.better if asked else calibration.better()})
     return config.model_copy(update={"quantization": how}), calibration
@@ -100,8 +100,6 @@ class Calibration:
             calibrate(self.checkpoint, forms, texts(), rounded, say)
 
     def _better(self) -> list[str]:
-        budget = self.quantization.budget
-        assert budget is not None
         few, many = (self.plan.form(precision) for precision in (CALIBRATED, BETTER))
         names = {name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED}
         ids, first = self.texts(), Rounded(self._rounded.folder / "measured")
@@ -118,7 +116,11 @@ class Calibration:
 
         self._calibrate(dict.fromkeys(names, few), lambda: part(ROUNDED), first, say)
         costs = sensitivity(self.checkpoint, stored, part(MEASURED), say)
-        chosen, _ = choose([cost for cost in costs if cost.name in names], few, many, budget)
+        costs, how = [cost for cost in costs if cost.name in names], self.quantization
+        chosen, bits = choose(costs, few, many, how.budget, how.kl)
+        nats = sum(cost.nats for cost in costs) - sum(cost.nats for cost in chosen)
+        line = f"{len(chosen)} of {len(costs)} weights get eight bits: {bits:.2f} bits a weight in all, and "
+        self._say(f"{line}{nats:.3f} nats that four bits cost")
         return sorted(cost.name.removesuffix(".weight") for cost in chosen)
 
     def _texts(self) -> Tensor:

@@ -8,6 +8,7 @@ form). One pass forward and one back, layer by layer, give it for every weight. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,21 +122,27 @@ def bits_of(form: Format, columns: int) -> float:
     return form.blocks(columns) * block_bits(form.bits, form.block, form.symmetric) / columns
 
 
-def choose(costs: list[Cost], few: Format, many: Format, budget: float) -> tuple[list[Cost], float]:
-    """The weights that are stored in `many` for `budget` bits a number over all, and the bits they take.
+def choose(
+    costs: list[Cost], few: Format, many: Format, budget: float | None, kl: float | None = None
+) -> tuple[list[Cost], float]:
+    """The weights that are stored in `many`, and the bits a number that all take then: for `budget` bits a
+    number, or for no more than `kl` nats of all that `few` costs.
 
     By what they would cost in `few` for each bit that `many` needs more, the dearest first; one that does not
     fit is left out.
     """
-    numbers = sum(cost.numbers for cost in costs)
+    numbers, left = sum(cost.numbers for cost in costs), sum(cost.nats for cost in costs)
     taken = sum(cost.numbers * bits_of(few, cost.columns) for cost in costs)
-    chosen = []
+    most = math.inf if budget is None else budget * numbers
+    chosen = list[Cost]()
 
     def more(cost: Cost) -> float:
         return cost.numbers * (bits_of(many, cost.columns) - bits_of(few, cost.columns))
 
     for cost in sorted(costs, key=lambda cost: cost.nats / more(cost), reverse=True):
-        if taken + more(cost) <= budget * numbers:
-            taken += more(cost)
+        if kl is not None and left <= kl:
+            break
+        if taken + more(cost) <= most:
+            taken, left = taken + more(cost), left - cost.nats
             chosen.append(cost)
     return chosen, taken / numbers

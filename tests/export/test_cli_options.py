@@ -33,7 +33,7 @@ WRONG = [
     ),
     (
         ["decode", "--ctx", "16", "--block-size", "32"],
-        "--block-size, --asymmetric, --keep, --budget and --fast-prefill",
+        "--block-size, --asymmetric, --keep, --budget, --kl and --fast-prefill",
     ),
     (
         ["prefill", "--asymmetric"],

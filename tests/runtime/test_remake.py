@@ -71,6 +71,10 @@ CASES: list[tuple[dict[str, Any], list[str]]] = [
         [*START, *SIZES, *FOUR, "--block-size", "64", "--calibrate", "FILE", "--budget", "4.5", *KEPT[:2]],
     ),
     (
+        four_bits(budget=None, kl=0.05),
+        [*START, *SIZES, *FOUR, "--block-size", "64", "--kl", "0.05", *KEPT[:2]],
+    ),
+    (
         old(4, quantization={"block_size": 128, "symmetric": True, "calibration": None}),
         [*START, *SIZES, *STORED, "--block-size", "128"],
     ),

@@ -65,6 +65,17 @@ def test_a_budget_goes_to_the_dearest_bits() -> None:
     assert bits <= least + 0.7
 
 
+def test_eight_bits_go_to_as_many_weights_as_a_divergence_asks_for() -> None:
+    costs = [Cost("dear", 64, 64, 0.25), Cost("cheap", 64, 64, 0.0625), Cost("large", 128, 64, 0.1875)]
+    names = lambda kl: [one.name for one in choose(costs, FEW, MANY, None, kl)[0]]  # noqa: E731
+    assert names(0.5) == []
+    assert names(0.499) == ["dear"]
+    assert names(0.25) == ["dear"]
+    assert names(0.249) == ["dear", "large"]
+    assert names(0.0) == ["dear", "large", "cheap"]
+    assert choose(costs, FEW, MANY, None, 0.0)[1] == bits_of(MANY, 64)
+
+
 def test_bits_count_scales_zero_points_and_what_fills_a_block() -> None:
     assert bits_of(Format(4, 64), 128) == 4.5
     assert bits_of(Format(4, 64, symmetric=False), 128) == 4 + 36 / 64
