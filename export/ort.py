@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -26,9 +29,8 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def open_graph(path: Path, optimized: bool, pack: bool = False, traced: bool = False) -> ort.InferenceSession:
-    """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve;
-    traced: of a graph that was not simplified.
+def open_graph(path: Path, optimized: bool, pack: bool = False) -> ort.InferenceSession:
+    """A session on the CPU. pack: copy weights as the fast kernels want them, where no other kernels serve.
 
     Without packing MatMulNBits widens weights to fp32 and multiplies in fp32; with it, int8 by int4 or int8.
     """
@@ -38,14 +40,29 @@ def open_graph(path: Path, optimized: bool, pack: bool = False, traced: bool = F
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_cpu_mem_arena = False
         # Else all weights are widened to fp32 before the first product, and held. By priority means in the
-        # order of the file, but for ops that are functions, as a trace has them: those come last.
-        if not traced:
-            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        # order of the file, but for ops without a kernel, which come last.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+Empty = Callable[[Sequence[int], Any], np.ndarray]  # an array of a shape and a dtype, as np.empty makes it
+
+
+def empty_in(folder: Path) -> Empty:
+    """Makes arrays whose pages are a nameless file's in `folder`, which the system can take out of memory."""
+    return partial(_mapped, folder)
+
+
+def _mapped(folder: Path, shape: Sequence[int], dtype: Any) -> np.ndarray:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, "w+", shape=tuple(shape))
+
+
 def run(
-    session: ort.InferenceSession, feeds: Mapping[str, np.ndarray], aliases: Sequence[Alias] = ()
+    session: ort.InferenceSession,
+    feeds: Mapping[str, np.ndarray],
+    aliases: Sequence[Alias] = (),
+    empty: Empty = np.empty,
 ) -> list[np.ndarray]:
     """A graph's outputs, in its order. Outputs that share an input's buffer are written over what was fed."""
     binding, values = session.io_binding(), {}
@@ -56,7 +73,7 @@ def run(
     outputs = []
     for output in session.get_outputs():
         source = shared.get(output.name)
-        array = np.empty(output.shape, DTYPES[output.type]) if source is None else feeds[source]
+        array = empty(output.shape, DTYPES[output.type]) if source is None else feeds[source]
         values[output.name] = ort.OrtValue.ortvalue_from_numpy(array) if source is None else values[source]
         binding.bind_ortvalue_output(output.name, values[output.name])
         outputs.append(array)

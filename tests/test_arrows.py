@@ -26,7 +26,7 @@ ENGINE = {"stillgraph.loading", "stillgraph.session"}
 DESCRIBED = {f"stillgraph.{name}" for name in ("chat_template", "tokenizer", "vision.preprocessor")}
 # The rooms of export/ from the ground up, and files beside them. Each imports only from lines above its own.
 ROOMS = (
-    "__init__ calibration demo gguf_file ort precisions staging targets",
+    "__init__ calibration demo gguf_file memory ort precisions staging targets",
     "checkpoint_folder",
     "families few_bits tensor_files texts",
     "config",

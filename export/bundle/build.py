@@ -31,7 +31,15 @@ from stillgraph.exporter.config import (
 )
 from stillgraph.exporter.ir.fold_weights import Weight, take_out, take_out_constants, unrounded
 from stillgraph.exporter.ir.node_names import name_the_rest
-from stillgraph.exporter.ir.simplify import SimplifyReport, as_report, check, same_outputs, simplify
+from stillgraph.exporter.ir.simplify import (
+    SimplifyReport,
+    as_report,
+    check,
+    primitive,
+    same_outputs,
+    simplify,
+)
+from stillgraph.exporter.memory import free_at_once
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.staging import staged
 from stillgraph.exporter.trace.half_range import beyond, checkpoint_magnitudes
@@ -76,6 +84,7 @@ def export(
     input and CheckFailed where a graph does not pass its checks; in either case the previous bundle is as it
     was.
     """
+    free_at_once()
     say("reading the checkpoint")
     checkpoint = open_checkpoint(config.model)
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)
@@ -141,7 +150,7 @@ def _trace(
         alike=lambda name: None if plan is None else plan.alike(name, shape),
     )
     recipes: list[Weight] = [*take_out(model, list(checkpoint.tensors))]
-    before = model.clone()
+    before = primitive(model)
     say(f"simplifying {shape.name}")
     after, steps = simplify(model, shape.grows)
     if plan is not None:

@@ -19,17 +19,21 @@ from stillgraph.errors import StillgraphError
 from stillgraph.exporter.bundle.calibration import MEASURED, ROUNDED, tokens_for
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig
-from stillgraph.exporter.few_bits import TABLES
+from stillgraph.exporter.few_bits import BUDGET, TABLES
+from stillgraph.exporter.memory import available_memory
 from stillgraph.exporter.precisions import CALIBRATED, PRECISIONS
 from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.sensitivity import bits_of
+from stillgraph.ports import input_ports
 from stillgraph.spec import GraphShape
 
 STAGE = "export"
-BASE = 0.6e9  # bytes: Python, torch, transformers and ONNX Runtime
-A_NUMBER = 5.1  # bytes for each number of the largest tensor, when graphs are compared before and after
-# And for each number of the layers' matrices, by what the comparison holds of them in fp32.
-HELD = {"fp32": 0.0, "fp16": 0.35, "int8": 1.3, "int4": 1.3}
+BASE = 0.5e9  # bytes: Python, torch, transformers and ONNX Runtime
+A_NUMBER = (
+    4.1  # bytes for each number of the largest tensor: in fp32, when graphs are compared before and after
+)
+A_LAYER = 5e6  # bytes, of traces
+CACHES = 3  # sizes of one cache, in files, that such a comparison takes
 HALVES = 8  # fp32 copies of one product's inputs, as they are and as rounded, and what is made of them
 IMPORTS, GRAPH, LAYER = 10.0, 4.0, 0.3  # seconds of a start, of a graph, and of each of its layers
 A_WEIGHT = {"fp32": 6e-9, "fp16": 10e-9, "int8": 30e-9, "int4": 45e-9}  # seconds to write a number, and check
@@ -60,7 +64,8 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
         numbers[name] * stored_bits(config, checkpoint, name, shape) / 8 for name, shape in sizes.items()
     )
     matrices = [shape for name, shape in sizes.items() if len(shape) == 2 and not _is_table(name)]
-    memory = BASE + A_NUMBER * max(numbers.values()) + HELD[config.precision] * sum(map(math.prod, matrices))
+    memory = BASE + A_NUMBER * max(numbers.values()) + A_LAYER * layers
+    disk += CACHES * max(_cache_bytes(checkpoint, shape) for shape in shapes)
     seconds = IMPORTS + len(shapes) * (GRAPH + LAYER * layers)
     seconds += sum(numbers.values()) * A_WEIGHT[config.precision]
     if config.quantization is not None:
@@ -84,8 +89,8 @@ def stored_bits(config: ExportConfig, checkpoint: Checkpoint, name: str, shape: 
     precision = plan.precision_of((name,), tied=name == checkpoint.tied)
     if PRECISIONS[precision].bits is None:
         return 32
-    if how.budget is not None and precision == CALIBRATED:
-        return how.budget
+    if how.mixed and precision == CALIBRATED:
+        return how.budget or BUDGET
     return bits_of(plan.form(precision), shape[1])
 
 
@@ -100,16 +105,6 @@ def refuse(found: Estimate, place: Path) -> None:
             f"the export takes {found.memory / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
         )
         raise StillgraphError(STAGE, problem, "end other programs, or export on a larger machine")
-
-
-def available_memory() -> float | None:
-    """Bytes that programs can have, swap included. None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-    return sizes["MemAvailable"] + sizes["SwapFree"]
 
 
 def speed() -> float:
@@ -129,6 +124,12 @@ def _operations(matrices: Sequence[tuple[int, ...]], tokens: int) -> float:
     numbers = sum(map(math.prod, matrices))
     texts = numbers * (4 * tokens + 4 * min(ROUNDED, tokens) + 6 * min(MEASURED, tokens) + 2 * tokens)
     return texts + 2 * PASSES * sum(rows * columns**2 for rows, columns in matrices)
+
+
+def _cache_bytes(checkpoint: Checkpoint, shape: GraphShape) -> int:
+    if shape.grows:
+        return 0
+    return sum(port.nbytes for port in input_ports(checkpoint.spec, shape) if port.is_cache)
 
 
 def _is_table(name: str) -> bool:

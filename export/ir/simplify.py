@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 import onnxruntime as ort
 import onnxscript.optimizer
@@ -18,7 +19,7 @@ from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules import common as common_rules
 
 from stillgraph.errors import CheckFailed
-from stillgraph.exporter.ort import SAME, difference, open_graph, run
+from stillgraph.exporter.ort import SAME, Empty, difference, empty_in, open_graph, run
 from stillgraph.manifest import Alias
 from stillgraph.metrics import peak_rss_mb
 from stillgraph.ports import NEW, PAST
@@ -99,6 +100,16 @@ def simplify(model: ir.Model, dynamic: bool = False) -> tuple[ir.Model, list[Ste
     return model, reports
 
 
+def primitive(model: ir.Model) -> ir.Model:
+    """A copy of a trace whose nodes all have a kernel in ONNX Runtime. It runs what has none behind all else,
+    and would hold every weight that it widened until then."""
+    proto = onnx.inliner.inline_selected_functions(
+        ir.to_proto(model), [("", "CastLike")], inline_schema_functions=True
+    )
+    copy: ir.Model = ir.from_proto(proto)
+    return copy
+
+
 def check(model: ir.Model, dynamic: bool = False) -> ir.Model:
     """The model with its shapes inferred; it passed onnx.checker, has allowed ops and, unless dynamic, static
     shapes."""
@@ -145,15 +156,16 @@ def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed:
     """Run two graph files on the same random inputs, without ONNX Runtime's own optimizations.
 
     aliases: of the graph's entry in the manifest. Returns the largest difference of any output, relative to
-    that output's largest magnitude. Raises CheckFailed where it is over `SAME`.
+    that output's largest magnitude. Raises CheckFailed where it is over `SAME`. Caches lie in files beside
+    `after`.
     """
-    results = []
+    results, empty = [], empty_in(after.parent)
     for path in (before, after):
-        session = open_graph(path, optimized=False, traced=path is before)
-        feeds = random_inputs(session, seed)
+        session = open_graph(path, optimized=False)
+        feeds = random_inputs(session, seed, empty)
         fixed = all(isinstance(size, int) for value in session.get_outputs() for size in value.shape)
-        results.append(run(session, feeds, aliases) if fixed else session.run(None, feeds))
-        del session
+        results.append(run(session, feeds, aliases, empty) if fixed else session.run(None, feeds))
+        del session, feeds  # before the next
     differences = [difference(first, second) for first, second in zip(*results, strict=True)]
     worst = float(np.max(differences))  # a NaN stays one, which it does not in max()
     if not worst <= SAME:
@@ -162,7 +174,7 @@ def same_outputs(before: Path, after: Path, aliases: Sequence[Alias] = (), seed:
     return worst
 
 
-def random_inputs(session: ort.InferenceSession, seed: int) -> dict[str, np.ndarray]:
+def random_inputs(session: ort.InferenceSession, seed: int, empty: Empty) -> dict[str, np.ndarray]:
     """Inputs within every graph's valid range: ids 0 to 9, lengths 1, caches normal."""
     rng = np.random.default_rng(seed)
     feeds = dict[str, np.ndarray]()
@@ -173,7 +185,8 @@ def random_inputs(session: ort.InferenceSession, seed: int) -> dict[str, np.ndar
         elif value.type == "tensor(int64)":
             feeds[value.name] = rng.integers(0, 10, shape)
         else:
-            feeds[value.name] = rng.standard_normal(shape, np.float32)
+            feeds[value.name] = empty(shape, np.float32)
+            rng.standard_normal(out=feeds[value.name], dtype=np.float32)
     return feeds
 
 

@@ -34,6 +34,9 @@ def gemma_4b(layers: int) -> Geometry:
     return Geometry(hidden=2560, inner=10240, heads=8, kv_heads=4, window=1024, layers=layers)
 
 
+GEMMA_270M = Geometry(hidden=640, inner=2048, heads=4, kv_heads=1, window=512, layers=18)
+
+
 def config(size: Geometry) -> dict[str, Any]:
     rope = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},

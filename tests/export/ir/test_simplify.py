@@ -16,7 +16,15 @@ from onnx import TensorProto, helper
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter import weights
 from stillgraph.exporter.ir.fold_weights import SUBGRAPH_BYTES
-from stillgraph.exporter.ir.simplify import FORBIDDEN, check, same_outputs, simplify, static_problem
+from stillgraph.exporter.ir.simplify import (
+    FORBIDDEN,
+    check,
+    primitive,
+    same_outputs,
+    simplify,
+    static_problem,
+)
+from stillgraph.exporter.ort import empty_in, open_graph, run
 from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import read
 
@@ -210,3 +218,36 @@ def test_same_outputs(tmp_path: Path) -> None:
         same_outputs(first, scaled(tmp_path / "c.onnx", 1.001))
     with pytest.raises(CheckFailed, match="nan"):
         same_outputs(first, scaled(tmp_path / "d.onnx", float(np.nan)))
+
+
+def test_what_is_compared_has_a_kernel_for_every_node(tmp_path: Path) -> None:
+    """A node without one would run last, behind every weight that was widened to fp32."""
+    nodes = [
+        helper.make_node("CastLike", ["x", "f"], ["z"], name="cast"),
+        helper.make_node("Mul", ["z", "f"], ["y"]),
+    ]
+    model = small(nodes[1], [2, 3])
+    model.graph.node.insert(0, nodes[0])
+    model.graph.initializer.append(helper.make_tensor("f", TensorProto.FLOAT, [1], [2.0]))
+    onnx.save(model, tmp_path / "trace.onnx")
+    found = ir.to_proto(primitive(ir.from_proto(model)))
+    onnx.save(found, tmp_path / "copy.onnx")
+    assert [node.op_type for node in found.graph.node] == ["Cast", "Mul"]
+    assert [value.name for value in found.graph.output] == ["y"]
+    assert same_outputs(tmp_path / "trace.onnx", tmp_path / "copy.onnx") == 0.0
+
+
+def test_a_comparison_leaves_no_file(tmp_path: Path) -> None:
+    graph = scaled(tmp_path / "a.onnx", 1.0)
+    same_outputs(graph, graph)
+    assert list(tmp_path.iterdir()) == [graph]
+
+
+def test_arrays_in_a_folder_are_written_and_read_as_any(tmp_path: Path) -> None:
+    session = open_graph(scaled(tmp_path / "a.onnx", 2.0), optimized=False)
+    empty = empty_in(tmp_path)
+    feeds = {"x": empty([2, 3], np.float32)}
+    feeds["x"][:] = np.arange(6).reshape(2, 3)
+    (found,) = run(session, feeds, empty=empty)
+    assert found.tolist() == [[0, 2, 4], [6, 8, 10]]
+    assert isinstance(found, np.memmap)
