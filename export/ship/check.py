@@ -11,11 +11,10 @@ from typing import Any
 from pydantic import Field
 
 from stillgraph.errors import CheckFailed
-from stillgraph.exporter.ship.runtimes import Runtime
+from stillgraph.exporter.ship.runtimes import STAGE, Runtime
 from stillgraph.golden import GOLDEN, Answer, Compared, compare, read
 from stillgraph.spec import Frozen
 
-STAGE = "ship"
 PATIENCE = 900  # seconds for all cases
 REMEDY = "report this bug, with the runtime's version"
 
@@ -49,6 +48,7 @@ def check(runtime: Runtime, folder: Path) -> Checked:
     if isinstance(command, str):
         return Checked(reason=command)
     golden = read(folder)
+    tolerance = runtime.tolerance or golden.tolerance
     answers = {str(answer.get("name")): answer for answer in _run([*command, "--golden", GOLDEN], folder)}
     compared, told, skipped = list[Compared](), list[str](), list[str]()
     for case in golden.cases:
@@ -57,7 +57,7 @@ def check(runtime: Runtime, folder: Path) -> Checked:
         if why := answers[case.name].get("skipped"):
             skipped.append(f"{case.name}: {why}")
             continue
-        found = compare(case, answer_of(answers[case.name]), golden.tolerance)
+        found = compare(case, answer_of(answers[case.name]), tolerance)
         told += [f"{case.name}: {problem}" for problem in found.problems]
         if not found.steps and not found.problems:
             told.append(f"{case.name}: no logits were given")

@@ -19,6 +19,9 @@ def ship(
     out: Annotated[
         Path | None, typer.Option(help="The shipped folder.", show_default="<bundle>-<runtime>")
     ] = None,
+    soc: Annotated[
+        str | None, typer.Option(help="The system on a chip, with --for qnn.", show_default="sm8650")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of a table.")] = False,
 ) -> None:
@@ -35,7 +38,8 @@ def ship(
         if runtime not in known:
             remedy = f"use one of {', '.join(sorted(known))}"
             raise StillgraphError("ship", f"--for {runtime} is no runtime that is known", remedy)
-        shipped = write(bundle, known[runtime], out, say)
+        chosen = known[runtime] if soc is None else known[runtime].for_chip(soc)
+        shipped = write(bundle, chosen, out, say)
     checked = shipped.checked
     table = Table("folder", "archive", "cases equal", "largest error", title=f"for {known[runtime].title}")
     told = f"{checked.equal} of {checked.cases}", f"{checked.worst:.1e}"

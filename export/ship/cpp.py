@@ -17,10 +17,9 @@ from pathlib import Path
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.ship import environments
-from stillgraph.exporter.ship.runtimes import DRIVERS, Runtime
+from stillgraph.exporter.ship.runtimes import DRIVERS, STAGE, Runtime
 from stillgraph.serve.packages import place
 
-STAGE = "ship"
 SOURCES = DRIVERS / "cpp"
 HEADERS = {"nlohmann/json.hpp": "nlohmann-json3-dev", "png.h": "libpng-dev"}  # Debian's packages
 WHERE = "import openvino, openvino.utils as u; print(openvino.__version__, u.get_cmake_path(), sep='\\n')"

@@ -22,6 +22,9 @@ from stillgraph.serve.packages import PAGE, fetch, packages, place
 PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ort": ("onnxruntime", ("numpy", "onnxruntime")),
     "openvino": ("openvino", ("numpy", "openvino")),
+    "mnn": ("MNN", ("numpy", "mnn")),
+    "qnn": ("onnxruntime_qnn", ("numpy", "onnxruntime==1.32.0", "onnxruntime-qnn==2.7.0")),
+    "triton": ("tritonclient", ("tritonclient[grpc]",)),
 }
 # name: the folder whose package.json and lock file say what npm is to fetch
 OF_NPM = {"node": DRIVERS / "node", "page": PAGE}

@@ -9,10 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+from stillgraph.errors import StillgraphError
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.targets import CacheWrite
+from stillgraph.golden import Tolerance
 from stillgraph.manifest import Manifest, Target
 
+STAGE = "ship"
 DRIVERS = Path(__file__).with_name("drivers")
 
 
@@ -21,7 +24,7 @@ class Runtime(ABC):
 
     name: what --for takes; title: as its makers write it; sources: files and folders of `drivers/` that are
     copied into the shipped folder; cache_write: how a decode is to write one token into its cache; targets:
-    whose ops it has.
+    whose ops it has; tolerance: its own, where it computes in another precision than the bundle.
     """
 
     name: str
@@ -29,6 +32,11 @@ class Runtime(ABC):
     sources: tuple[str, ...] = ()
     cache_write: CacheWrite = "ScatterElements"
     targets: tuple[Target, ...] = ("portable",)
+    tolerance: Tolerance | None = None
+
+    def for_chip(self, chip: str) -> Runtime:
+        """The runtime for a system on a chip. Raises StillgraphError for one that it does not know."""
+        raise StillgraphError(STAGE, f"--soc does nothing with --for {self.name}", "leave it out")
 
     def refuses(self, manifest: Manifest) -> str | None:
         """Why a bundle cannot be shipped for it, such as `it has no decode graph`; None where it can."""

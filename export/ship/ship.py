@@ -10,8 +10,8 @@ from stillgraph.errors import CheckFailed, StillgraphError
 from stillgraph.exporter.bundle.build import carry_over
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.ship.cache_write import rewrite_cache_write
-from stillgraph.exporter.ship.check import STAGE, Checked, check
-from stillgraph.exporter.ship.runtimes import Runtime
+from stillgraph.exporter.ship.check import Checked, check
+from stillgraph.exporter.ship.runtimes import STAGE, Runtime
 from stillgraph.exporter.staging import staged
 from stillgraph.files import check_files
 from stillgraph.golden import GOLDEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import stillgraph
 from stillgraph.archive import unpack
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter.ir.simplify import same_outputs
-from stillgraph.exporter.ship import table
+from stillgraph.exporter.ship import table, triton
 from stillgraph.exporter.ship.cache_write import rewrite_cache_write
 from stillgraph.exporter.ship.environments import missing, python
 from stillgraph.exporter.ship.runtimes import Runtime, runtimes
@@ -23,6 +24,7 @@ from stillgraph.exporter.ship.ship import ship
 from stillgraph.files import check_files
 from stillgraph.golden import GOLDEN
 from stillgraph.manifest import read
+from tests.export.ship.conftest import proven_copy
 
 Bundle = Callable[..., Path]
 
@@ -37,7 +39,7 @@ def shipped(bundle: Path, name: str, place: Path) -> Any:
     return ship(bundle, runtimes()[name], place, silent)
 
 
-@pytest.mark.parametrize("name", ["ort", "openvino"])
+@pytest.mark.parametrize("name", ["ort", "openvino", "mnn"])
 def test_every_case_is_equal(name: str, proven: Path, tmp_path: Path) -> None:
     found = shipped(proven, name, tmp_path / "one")
     checked = found.checked
@@ -156,6 +158,60 @@ def test_a_where_writes_what_a_scatter_writes(proven: Path, tmp_path: Path) -> N
     assert "Where" in ops[1]
     assert same_outputs(proven / before.file.path, own / after.file.path, before.aliases) == 0
     check_files(own, changed, hashes=True)
+
+
+def test_an_npu_is_told_its_chip(proven: Path, tmp_path: Path, refused: Callable[..., Any]) -> None:
+    runtime = runtimes()["qnn"].for_chip("sm8750")
+    runtime.fill(tmp_path, read(proven), silent)
+    assert json.loads((tmp_path / "chip.json").read_text()) == {
+        "name": "sm8750",
+        "soc_model": "69",
+        "htp_arch": "79",
+    }
+    with refused("ship", "--soc x1 is not known", "sm8650"):
+        runtimes()["qnn"].for_chip("x1")
+    with refused("ship", "--soc does nothing with --for ort"):
+        runtimes()["ort"].for_chip("sm8750")
+
+
+def test_an_npu_takes_no_weights_of_few_bits(
+    tiny_bundle: Bundle, tmp_path: Path, refused: Callable[..., Any]
+) -> None:
+    own = proven_copy(tiny_bundle(precision="int8"), tmp_path / "own")
+    with refused("ship", "cannot be shipped for Qualcomm QNN", "activations with calibrated scales"):
+        ship(own, runtimes()["qnn"], tmp_path / "out", silent)
+
+
+def test_triton_takes_each_config(proven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shipped(proven, "triton", tmp_path / "one")
+    assert "container" in str(found.checked.reason)
+    assert found.checked.equal == 0
+    manifest = read(proven)
+    for name, entry in manifest.graphs.items():
+        model = found.folder / "models" / name
+        graph = onnx.load(model / "1" / "model.onnx", load_external_data=False).graph
+        text = (model / "config.pbtxt").read_text()
+        assert f'name: "{name}"' in text
+        assert (
+            text.count("TYPE_") == len(graph.input) + len(graph.output) == len(entry.inputs + entry.outputs)
+        )
+        assert (model / "1" / "weights.data").samefile(found.folder / "weights.data")
+    written = triton.config(entry)
+    for wrong, said in ((written.replace("[1, 1]", "[1, 2]", 1), "other"), (f"{written}kind: 7", "is none")):
+        assert wrong != written
+        monkeypatch.setattr(triton, "config", lambda entry, wrong=wrong: wrong)
+        with pytest.raises(CheckFailed, match=said):
+            ship(proven, runtimes()["triton"], tmp_path / "two", silent)
+    assert not (tmp_path / "two").exists()
+
+
+def test_without_a_converter_nothing_is_written(
+    proven: Path, tmp_path: Path, refused: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLGRAPH_ENVIRONMENTS", str(tmp_path / "none"))
+    with refused("ship", "MNN is not installed", "run that command"):
+        ship(proven, runtimes()["mnn"], tmp_path / "out", silent)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_shipped_is_told(

@@ -1,0 +1,96 @@
+"""MNN. Its converter makes a file of each graph; graphs over the same weights share a file of those.
+
+Its ScatterElements writes a token into wrong slots of a cache and says nothing, so a decode writes by Where.
+Its DequantizeLinear knows no blocks, and it does not load weights of fp16: in both places they become fp32.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.config import Say
+from stillgraph.exporter.ship.environments import missing, python
+from stillgraph.exporter.ship.python_runtime import PythonRuntime
+from stillgraph.exporter.ship.runtimes import STAGE
+from stillgraph.exporter.ship.widened import widen_blocks, widen_halves
+from stillgraph.exporter.targets import CacheWrite
+from stillgraph.exporter.weights import WEIGHTS_FILE
+from stillgraph.manifest import GraphEntry, Manifest
+
+# Its own command would install a package that reports to its makers, into whatever Python it finds.
+CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+OPTIONS = ("-f", "ONNX", "--bizCode", "stillgraph", "--keepInputFormat", "--saveExternalData")
+WEIGHTS = ".weight"
+UUID = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Mnn(PythonRuntime):
+    cache_write: CacheWrite = "Where"
+
+    def fill(self, folder: Path, manifest: Manifest, say: Say) -> Manifest:
+        interpreter = python(self.name)
+        if interpreter is None:
+            raise StillgraphError(STAGE, missing(self.name), "run that command")
+        for entry in manifest.graphs.values():
+            say(f"converting {entry.shape.name}")
+            _convert(interpreter, folder, entry)
+        _share_weights(folder, manifest)
+        return manifest
+
+
+RUNTIME = Mnn("mnn", "MNN")
+
+
+def _convert(interpreter: str, folder: Path, entry: GraphEntry) -> None:
+    """Write NAME.mnn and NAME.mnn.weight beside a graph. Raises StillgraphError."""
+    name = f"{entry.shape.name}.mnn"
+    with TemporaryDirectory(dir=folder) as place:
+        for path in (entry.file.path, WEIGHTS_FILE):  # a weights file with more than one link is not read
+            shutil.copyfile(folder / path, Path(place) / path)
+        model = ir.load(Path(place) / entry.file.path)
+        widen_blocks(model.graph)
+        widen_halves(model.graph)
+        common.RemoveUnusedNodesPass()(model)
+        ir.save(model, Path(place) / "plain.onnx", external_data="plain.data")
+        said = _run(
+            [interpreter, "-c", CONVERT, "--modelFile", "plain.onnx", "--MNNModel", name, *OPTIONS], place
+        )
+        if not (Path(place) / name).is_file():
+            problem = f"MNN's converter did not take {entry.file.path} ({said:.300})"
+            raise StillgraphError(STAGE, problem, "ship another precision, or report this with MNN's version")
+        _name_by_content(Path(place) / name, entry.file.sha256)
+        for made in (name, f"{name}{WEIGHTS}"):
+            (Path(place) / made).replace(folder / made)
+
+
+def _name_by_content(path: Path, sha256: str) -> None:
+    """Name a model after its graph in place of at random, so that its bytes are the same again."""
+    path.write_bytes(UUID.sub(str(uuid.UUID(sha256[:32])).encode(), path.read_bytes(), count=1))
+
+
+def _run(command: list[str], place: str) -> str:
+    """The last line that it says."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=place, env=clean, capture_output=True, text=True, check=False)
+    return ((done.stderr + done.stdout).strip().splitlines() or ["it says nothing"])[-1]
+
+
+def _share_weights(folder: Path, manifest: Manifest) -> None:
+    """Remove the decode's file of weights where it is the prefill's."""
+    prefill, decode = (
+        folder / f"{entry.shape.name}.mnn{WEIGHTS}"
+        for entry in (manifest.graph("prefill"), manifest.graph("decode"))
+        if entry is not None
+    )
+    if prefill.read_bytes() == decode.read_bytes():
+        decode.unlink()
