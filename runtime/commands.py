@@ -47,6 +47,7 @@ Threads = Annotated[int | None, typer.Option(help="Default: every core this proc
 CheckHashes = Annotated[
     bool, typer.Option("--check-hashes", help="Compare every file's SHA-256, not only its page sums.")
 ]
+Backend = Annotated[str, typer.Option(help="onnxruntime, or openvino for a portable bundle.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Unload = Annotated[
     bool | None,
@@ -79,6 +80,7 @@ def run(
     unload_prefill: Unload = None,
     threads: Threads = None,
     check_hashes: CheckHashes = False,
+    backend: Backend = "onnxruntime",
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the text.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -92,7 +94,9 @@ def run(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, image or []
     )
     with PeakPss() as peak:
-        engine = _load(bundle, unload_prefill, threads, check_hashes, quiet)
+        engine = _load(
+            bundle, quiet, threads, unload_prefill=unload_prefill, check_hashes=check_hashes, backend=backend
+        )
         peak.sample()
         if isinstance(given, str) and chat:
             given = engine.ids([engine.prompts.user(given, len(options["images"]))])
@@ -121,6 +125,7 @@ def chat(
     unload_prefill: Unload = None,
     threads: Threads = None,
     check_hashes: CheckHashes = False,
+    backend: Backend = "onnxruntime",
     quiet: Quiet = False,
 ) -> None:
     """Chat, a line a turn. /image PATH shows a picture; /reset begins again; /exit ends, as does the input.
@@ -128,7 +133,9 @@ def chat(
     Each turn continues the cache of the turn before, where the bundle's prefill can.
     """
     options = _options(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, [])
-    engine = _load(bundle, unload_prefill, threads, check_hashes, quiet)
+    engine = _load(
+        bundle, quiet, threads, unload_prefill=unload_prefill, check_hashes=check_hashes, backend=backend
+    )
     from stillgraph.conversation import Conversation
 
     conversation = Conversation(engine)
@@ -209,16 +216,14 @@ def _options(
     return {"max_new_tokens": max_new_tokens, "stop": stop, "images": images, **asdict(sampling)}
 
 
-def _load(
-    bundle: Path, unload_prefill: bool | None, threads: int | None, check_hashes: bool, quiet: bool
-) -> Engine:
+def _load(bundle: Path, quiet: bool, threads: int | None, **choices: Any) -> Engine:
     if threads is not None and threads < 1:
         raise StillgraphError("load bundle", f"threads is {threads}", "give 1 or more")
     check_files(bundle, read(bundle))  # what is no bundle is told before ONNX Runtime is imported
     from stillgraph.loading import load
 
     with Console(stderr=True, quiet=quiet).status(f"loading {bundle}"):
-        return load(bundle, unload_prefill=unload_prefill, threads=threads, check_hashes=check_hashes)
+        return load(bundle, threads=threads, **choices)
 
 
 def _read_prompt(text: str | None, file: str | None, token_ids: str | None, chat: bool) -> str | list[int]:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import onnxruntime as ort
 
@@ -44,6 +44,7 @@ def load(
     profile: Path | None = None,
     providers: Sequence[Provider] | None = None,
     session_options: Mapping[str, Any] | None = None,
+    backend: str = "onnxruntime",
 ) -> Engine:
     """Load a bundle, ready for a prompt. Raises StillgraphError. `with` or `close` gives its memory back.
 
@@ -61,13 +62,14 @@ def load(
     session_options: of every graph's session, over those that this runtime sets: config entries such as
     {"session.intra_op.allow_spinning": "0"}, and attributes of ONNX Runtime's SessionOptions such as
     {"intra_op_num_threads": 2}. Those that exact sums and mapped weights depend on are refused. A compiled
-    graph is optimized already, whatever `graph_optimization_level` says.
+    graph is optimized already, whatever `graph_optimization_level` says. backend: `openvino` runs portable
+    static graphs in OpenVINO on the CPU.
 
     What 'stillgraph compile' made for this machine is used where it fits; where it does not, a warning says
     why, and the bundle's own graphs serve. A bundle of one growing graph has no prefill to unload.
     """
     began = time.perf_counter()
-    chosen = SessionChoice.of(threads, providers, session_options)
+    chosen = SessionChoice.of(threads, providers, session_options, backend)
     if not isinstance(bundle, str | os.PathLike):
         problem = f"a bundle was given as {type(bundle).__name__}"
         raise StillgraphError("load bundle", problem, "give the path of its folder")
@@ -123,8 +125,12 @@ def _check_machine(folder: Path, manifest: Manifest, chosen: SessionChoice) -> N
         problem = f"{folder} needs onnxruntime {needed.onnxruntime} or newer and this is {ort.__version__}"
         raise StillgraphError("load bundle", problem, "upgrade with 'pip install --upgrade onnxruntime'")
     if not chosen.on_cpu and manifest.target == "onnxruntime":
-        problem = f"{folder} is made of ops for the CPU, and providers has others"
-        raise StillgraphError("load bundle", problem, "leave providers out, or export with --target portable")
+        other = "providers has others" if chosen.backend == "onnxruntime" else f"backend is {chosen.backend}"
+        problem = f"{folder} is made of ops of ONNX Runtime's CPU provider, and {other}"
+        raise StillgraphError("load bundle", problem, "leave that out, or export with --target portable")
+    if chosen.backend != "onnxruntime" and manifest.graph("dynamic"):
+        problem = f"{folder} has a growing cache, and backend is {chosen.backend}"
+        raise StillgraphError("load bundle", problem, "leave that out, or use a bundle of static graphs")
 
 
 def _vision(folder: Path, manifest: Manifest, open_graph: Load, one_at_a_time: bool) -> Vision | None:
@@ -156,6 +162,11 @@ def _loader(
     one_at_a_time: bool,
     profile: Path | None,
 ) -> Load:
+    if chosen.backend == "openvino":
+        from stillgraph.openvino_graph import OpenVinoGraph
+
+        # No growing graph comes here, which would call it otherwise.
+        return cast(Load, lambda entry: OpenVinoGraph(folder / entry.file.path, entry, chosen.threads))
     weights = folder / manifest.weights.file.path
 
     def session(entry: GraphEntry, made: CompiledGraph | None) -> Session:

@@ -18,18 +18,21 @@ CPU = "CPUExecutionProvider"
 PACKING = "session.disable_prepacking"
 OURS = {*EXACT_SUMS, PACKING, "session.model_external_initializers_file_folder_path"}
 Provider = str | tuple[str, Mapping[str, Any]]
+BACKENDS = "onnxruntime", "openvino"
 
 
 @dataclass(frozen=True)
 class SessionChoice:
     """What a user chose for every graph's session.
 
-    options: config entries, whose names have a dot, and attributes of `onnxruntime.SessionOptions`.
+    backend: whose sessions they are; all else but threads is ONNX Runtime's. options: config entries, whose
+    names have a dot, and attributes of `onnxruntime.SessionOptions`.
     """
 
     threads: int
     providers: tuple[Provider, ...]
     options: Mapping[str, Any]
+    backend: str = BACKENDS[0]
 
     @classmethod
     def of(
@@ -37,18 +40,24 @@ class SessionChoice:
         threads: int | None,
         providers: Sequence[Provider] | None,
         options: Mapping[str, Any] | None,
+        backend: str = BACKENDS[0],
     ) -> SessionChoice:
         """As a user gave it; None is for all cores, the CPU and nothing. Raises StillgraphError."""
         if threads is not None and not is_count(threads, 1):
             raise StillgraphError(STAGE, f"threads is {threads!r}", "give 1 or more")
+        if backend not in BACKENDS:
+            raise StillgraphError(STAGE, f"backend is {backend!r}", f"use {' or '.join(BACKENDS)}")
+        if backend != BACKENDS[0] and (providers is not None or options):
+            problem = f"providers and session_options are ONNX Runtime's, and backend is {backend}"
+            raise StillgraphError(STAGE, problem, "leave them out")
         chosen = (CPU,) if providers is None else _checked(providers)
         _check_options(options or {})
-        return cls(threads or available_cores(), chosen, options or {})
+        return cls(threads or available_cores(), chosen, options or {}, backend)
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the CPU's provider is the only one."""
-        return all(_name(provider) == CPU for provider in self.providers)
+        """Whether ONNX Runtime's provider for the CPU is the only one."""
+        return self.backend == BACKENDS[0] and all(_name(provider) == CPU for provider in self.providers)
 
 
 def session_options(

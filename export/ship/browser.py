@@ -82,9 +82,9 @@ class Browser:
             raise RuntimeError(str(found["exceptionDetails"])[:500])
         return found["result"].get("value")
 
-    def until(self, script: str) -> Any:
+    def until(self, script: str, patience: float = PATIENCE) -> Any:
         """What an expression is once it is true. Raises RuntimeError where it does not come to be."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + patience
         while time.monotonic() < end:
             if found := self.value(f"document.body && ({script})"):
                 return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillgraph.exporter.ship.browser import Browser, chromium
+from stillgraph.exporter.ship.check import PATIENCE
 from stillgraph.exporter.ship.environments import missing
 from stillgraph.exporter.ship.runtimes import Runtime
 from stillgraph.manifest import Manifest
@@ -55,7 +56,7 @@ def main() -> None:
                 if page.until("document.body.dataset.state") != "ready":
                     sys.exit(str(page.value("document.body.innerText")))
                 page.value("runGolden()")
-                page.until("globalThis.golden?.at(-1) === null")
+                page.until("globalThis.golden?.at(-1) === null", PATIENCE)
                 version = page.call("Browser.getVersion")["product"]
                 for line in page.value("golden")[:-1]:
                     print(json.dumps(line | {"versions": {"browser": version}}))

@@ -121,7 +121,11 @@ def test_no_other_provider_writes_where_it_reads(bundle_of, greedy, opened, cont
 @needs_other
 def test_ops_for_the_cpu_are_refused_to_any_other_provider(bundle_of, refused) -> None:
     bundle = edited(bundle_of(), '"portable"', '"onnxruntime"')
-    with refused("load bundle", "is made of ops for the CPU, and providers has others", "--target portable"):
+    with refused(
+        "load bundle",
+        "is made of ops of ONNX Runtime's CPU provider, and providers has others",
+        "--target portable",
+    ):
         load(bundle, providers=[OTHER, CPU])
     assert load(bundle, providers=[CPU])
 

@@ -3,8 +3,9 @@
 import openvino
 from openvino._offline_transformations import apply_make_stateful_transformation
 
-# Products in fp32, whatever the CPU is faster in.
+# Products in fp32, and of activations that are not rounded, whatever the CPU is faster in.
 HINTS = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+HINTS["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
 
 
 class Backend:
