@@ -29,9 +29,7 @@ from stillgraph.spec import GraphShape
 
 STAGE = "export"
 BASE = 0.5e9  # bytes: Python, torch, transformers and ONNX Runtime
-A_NUMBER = (
-    4.1  # bytes for each number of the largest tensor: in fp32, when graphs are compared before and after
-)
+A_NUMBER = 4.1  # bytes for each number of the largest tensor, which is in fp32 when graphs are compared
 A_LAYER = 5e6  # bytes, of traces
 CACHES = 3  # sizes of one cache, in files, that such a comparison takes
 HALVES = 8  # fp32 copies of one product's inputs, as they are and as rounded, and what is made of them

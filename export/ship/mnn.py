@@ -6,6 +6,7 @@ Its DequantizeLinear knows no blocks, and it does not load weights of fp16: in b
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import shutil
@@ -92,5 +93,5 @@ def _share_weights(folder: Path, manifest: Manifest) -> None:
         for entry in (manifest.graph("prefill"), manifest.graph("decode"))
         if entry is not None
     )
-    if prefill.read_bytes() == decode.read_bytes():
+    if filecmp.cmp(prefill, decode, shallow=False):
         decode.unlink()
