@@ -19,7 +19,7 @@ from stillgraph.errors import StillgraphError
 from stillgraph.exporter.ship.check import Checked
 from stillgraph.exporter.ship.runtimes import Runtime, runtimes
 from stillgraph.exporter.ship.ship import ship
-from stillgraph.manifest import Precision
+from stillgraph.manifest import Precision, read
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 HEAD = "runtime | lines | precision | texts equal | largest error | TTFT, ms | TPOT, ms | peak RSS, MB".split(
@@ -40,12 +40,17 @@ def rows(folder: Path) -> Iterator[list[str]]:
         for name, runtime in sorted(runtimes().items()):
             _say(f"{precision} for {name}")
             told = [f"{_lines(runtime)}", precision]
+            if reason := runtime.refuses(read(bundle)):
+                yield [runtime.title, *told, f"refused: {reason}", *[""] * 4]
+                continue
             try:
                 checked = ship(bundle, runtime, folder / f"{precision}-{name}", _say).checked
             except StillgraphError as error:
                 yield [runtime.title, *told, f"none: {error}", *[""] * 4]
             else:
-                versions = ", ".join(checked.versions.values())
+                versions = ", ".join(
+                    sorted({version.partition("-")[0] for version in checked.versions.values()})
+                )
                 yield [f"{runtime.title} {versions}", *told, *_cells(checked)]
 
 
