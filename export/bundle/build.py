@@ -167,10 +167,15 @@ def carry_over(place: Path, folder: Path, former: Manifest) -> None:
     for file in former.all_files():
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(place / file.path, target)
-        except OSError:
-            shutil.copyfile(place / file.path, target)
+        link(place / file.path, target)
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _carry(checkpoint: Checkpoint, folder: Path, say: Say) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from stillgraph.errors import CheckFailed
+from stillgraph.exporter.ship.environments import variables
 from stillgraph.exporter.ship.runtimes import STAGE, Runtime
 from stillgraph.golden import GOLDEN, Answer, Compared, compare, read
 from stillgraph.spec import Frozen
@@ -88,8 +88,7 @@ def answer_of(raw: dict[str, Any]) -> Answer:
 
 
 def _run(command: list[str], folder: Path) -> list[dict[str, Any]]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment = clean | {"PYTHONDONTWRITEBYTECODE": "1"}
+    environment = variables() | {"PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE

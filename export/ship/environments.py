@@ -8,6 +8,7 @@ makes them, under STILLGRAPH_ENVIRONMENTS or the user's cache folder.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,11 @@ def python(name: str) -> str | None:
         return str(own)
     module = PACKAGES[name][0]
     return sys.executable if find_spec(module) else None
+
+
+def variables() -> dict[str, str]:
+    """This process's variables, less those by which one Python would find another's packages."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def missing(name: str) -> str:

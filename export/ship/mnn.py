@@ -7,7 +7,6 @@ Its DequantizeLinear knows no blocks, and it does not load weights of fp16: in b
 from __future__ import annotations
 
 import filecmp
-import os
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from onnx_ir.passes import common
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.config import Say
-from stillgraph.exporter.ship.environments import missing, python
+from stillgraph.exporter.ship.environments import missing, python, variables
 from stillgraph.exporter.ship.python_runtime import PythonRuntime
 from stillgraph.exporter.ship.runtimes import STAGE
 from stillgraph.exporter.ship.widened import widen_blocks, widen_halves
@@ -42,9 +41,12 @@ class Mnn(PythonRuntime):
         interpreter = python(self.name)
         if interpreter is None:
             raise StillgraphError(STAGE, missing(self.name), "run that command")
-        for entry in manifest.graphs.values():
-            say(f"converting {entry.shape.name}")
-            _convert(interpreter, folder, entry)
+        with TemporaryDirectory(dir=folder) as place:
+            # A weights file with more than one link is not read.
+            shutil.copyfile(folder / WEIGHTS_FILE, Path(place) / WEIGHTS_FILE)
+            for entry in manifest.graphs.values():
+                say(f"converting {entry.shape.name}")
+                _convert(interpreter, folder, Path(place), entry)
         _share_weights(folder, manifest)
         return manifest
 
@@ -52,26 +54,27 @@ class Mnn(PythonRuntime):
 RUNTIME = Mnn("mnn", "MNN")
 
 
-def _convert(interpreter: str, folder: Path, entry: GraphEntry) -> None:
-    """Write NAME.mnn and NAME.mnn.weight beside a graph. Raises StillgraphError."""
+def _convert(interpreter: str, folder: Path, place: Path, entry: GraphEntry) -> None:
+    """Write NAME.mnn and NAME.mnn.weight beside a graph. place: a folder to work in, with the weights file.
+
+    Raises StillgraphError.
+    """
     name = f"{entry.shape.name}.mnn"
-    with TemporaryDirectory(dir=folder) as place:
-        for path in (entry.file.path, WEIGHTS_FILE):  # a weights file with more than one link is not read
-            shutil.copyfile(folder / path, Path(place) / path)
-        model = ir.load(Path(place) / entry.file.path)
-        widen_blocks(model.graph)
-        widen_halves(model.graph)
-        common.RemoveUnusedNodesPass()(model)
-        ir.save(model, Path(place) / "plain.onnx", external_data="plain.data")
-        said = _run(
-            [interpreter, "-c", CONVERT, "--modelFile", "plain.onnx", "--MNNModel", name, *OPTIONS], place
-        )
-        if not (Path(place) / name).is_file():
-            problem = f"MNN's converter did not take {entry.file.path} ({said:.300})"
-            raise StillgraphError(STAGE, problem, "ship another precision, or report this with MNN's version")
-        _name_by_content(Path(place) / name, entry.file.sha256)
-        for made in (name, f"{name}{WEIGHTS}"):
-            (Path(place) / made).replace(folder / made)
+    shutil.copyfile(folder / entry.file.path, place / entry.file.path)
+    model = ir.load(place / entry.file.path)
+    widen_blocks(model.graph)
+    widen_halves(model.graph)
+    common.RemoveUnusedNodesPass()(model)
+    ir.save(model, place / "plain.onnx", external_data="plain.data")
+    said = _run(
+        [interpreter, "-c", CONVERT, "--modelFile", "plain.onnx", "--MNNModel", name, *OPTIONS], place
+    )
+    if not (place / name).is_file():
+        problem = f"MNN's converter did not take {entry.file.path} ({said:.300})"
+        raise StillgraphError(STAGE, problem, "ship another precision, or report this with MNN's version")
+    _name_by_content(place / name, entry.file.sha256)
+    for made in (name, f"{name}{WEIGHTS}"):
+        (place / made).replace(folder / made)
 
 
 def _name_by_content(path: Path, sha256: str) -> None:
@@ -79,10 +82,9 @@ def _name_by_content(path: Path, sha256: str) -> None:
     path.write_bytes(UUID.sub(str(uuid.UUID(sha256[:32])).encode(), path.read_bytes(), count=1))
 
 
-def _run(command: list[str], place: str) -> str:
+def _run(command: list[str], place: Path) -> str:
     """The last line that it says."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    done = subprocess.run(command, cwd=place, env=clean, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=place, env=variables(), capture_output=True, text=True, check=False)
     return ((done.stderr + done.stdout).strip().splitlines() or ["it says nothing"])[-1]
 
 

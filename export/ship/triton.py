@@ -7,15 +7,14 @@ message that Triton publishes, and compared with the manifest. A client sends th
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stillgraph.errors import CheckFailed, StillgraphError
+from stillgraph.exporter.bundle.build import link
 from stillgraph.exporter.config import Say
-from stillgraph.exporter.ship.environments import missing, python
+from stillgraph.exporter.ship.environments import missing, python, variables
 from stillgraph.exporter.ship.runtimes import STAGE, Runtime
 from stillgraph.manifest import GraphEntry, Manifest
 from stillgraph.ports import Port
@@ -54,7 +53,7 @@ class Triton(Runtime):
             model = folder / "models" / entry.shape.name
             (model / "1").mkdir(parents=True)
             for source, name in ((entry.file.path, "model.onnx"), (manifest.weights.file.path, None)):
-                _link(folder / source, model / "1" / (name or Path(source).name))
+                link(folder / source, model / "1" / (name or Path(source).name))
             text = config(entry)
             _check(interpreter, text, entry)
             (model / "config.pbtxt").write_text(text, encoding="utf-8")
@@ -81,9 +80,8 @@ def _listed(ports: Iterable[Port]) -> str:
 
 def _check(interpreter: str, text: str, entry: GraphEntry) -> None:
     """Raises CheckFailed where Triton's message does not take the text, or has other ports in it."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [interpreter, "-c", PARSE]
-    done = subprocess.run(command, input=text, env=clean, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=text, env=variables(), capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise CheckFailed(STAGE, f"{entry.shape.name}: config.pbtxt is none ({last:.300})", "report this bug")
@@ -92,10 +90,3 @@ def _check(interpreter: str, text: str, entry: GraphEntry) -> None:
         found = [(one["name"], one["data_type"], [int(size) for size in one["dims"]]) for one in parsed[side]]
         if found != [(port.name, TYPES[port.dtype], list(port.sizes)) for port in ports]:
             raise CheckFailed(STAGE, f"{entry.shape.name}: config.pbtxt has other {side}s", "report this bug")
-
-
-def _link(source: Path, place: Path) -> None:
-    try:
-        os.link(source, place)
-    except OSError:
-        shutil.copyfile(source, place)
