@@ -73,7 +73,8 @@ def request(
             problem = f"--fast-prefill is made of ops that --target {target} does not use"
             raise StillgraphError(STAGE, problem, "use --target onnxruntime")
         how = few_bits(precision, block_size, asymmetric, keep, calibrate, budget, kl)
-        values["quantization"] = how.model_copy(update={"fast_prefill": fast_prefill})
+        own = {"fast_prefill": fast_prefill, "refine": how.refine if TARGETS[target].own_ops else 0}
+        values["quantization"] = how.model_copy(update=own)
     elif keep or fast_prefill or any(value is not None for value in (block_size, asymmetric, budget, kl)):
         named = "--block-size, --asymmetric, --keep, --budget, --kl and --fast-prefill"
         problem = f"{named} do nothing at --precision {precision}"

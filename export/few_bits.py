@@ -18,7 +18,9 @@ BLOCK_SIZES = (32, 64, 128)
 BLOCK_SIZE: dict[Precision, int] = {"int8": 32, "int4": 64}
 SCALE_BITS = 32
 BUDGET = 5.5  # bits a weight, about what others take for a model of "four bits" that keeps its quality
-TABLES = ("embed_tokens", "lm_head")  # what int4 keeps at int8: a mistake there is in every token
+REFINE = 1024  # tokens that get a score of eight bits
+HEAD = "lm_head"
+TABLES = ("embed_tokens", HEAD)  # what int4 keeps at int8: a mistake there is in every token
 
 
 def few_bits(
@@ -32,7 +34,8 @@ def few_bits(
 ) -> Quantization:
     """The quantization of command-line values. Raises StillgraphError for values that do not go together.
 
-    What is None is chosen: `BLOCK_SIZE`, at int4 zero points, and where it is calibrated a budget.
+    What is None is chosen: `BLOCK_SIZE`, at int4 zero points, and where it is calibrated a budget. A head of
+    int4 scores by four of its eight bits first, unless a precision is given for it.
     """
     size = BLOCK_SIZE[precision] if block_size is None else block_size
     if size not in BLOCK_SIZES:
@@ -50,6 +53,7 @@ def few_bits(
         calibration=calibration,
         budget=_budget(budget, kl, precision, calibration, size, symmetric),
         kl=kl,
+        refine=REFINE if four and HEAD not in asked else 0,
     )
 
 

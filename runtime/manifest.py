@@ -128,7 +128,8 @@ class Quantization(Frozen):
     fast_prefill: there is a second prefill graph of int8 activations, with weights of its own: int8, one
     scale an output channel. calibration: what four bits were rounded for, `samples` of the model's own or the
     SHA-256 of a text; budget: bits a weight of the layers, or kl: nats that their four bits may cost; better:
-    as keep, what is measured to be worth it.
+    as keep, what is measured to be worth it. refine: how many tokens get a score of eight bits, those that
+    score best by the upper four bits of a head; 0 for all. A head of under 16 times as many has one product.
     """
 
     block_size: PositiveInt
@@ -139,6 +140,7 @@ class Quantization(Frozen):
     budget: float | None = None
     kl: float | None = None
     better: dict[str, Precision] = Field(default_factory=dict)
+    refine: NonNegativeInt = 0
 
     @property
     def mixed(self) -> bool:

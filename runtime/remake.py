@@ -42,6 +42,8 @@ def _storage(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     how = _dict(raw.get("quantization") or raw.get("quantisation"))
     keep = _dict(how.get("keep"))
+    if how.get("refine"):  # it is given up for a precision that is asked for
+        keep = {pattern: precision for pattern, precision in keep.items() if pattern != "lm_head"}
     size = how.get("block_size", raw.get("block_size"))
     four = "calibration" in how and raw.get("precision") == "int4"
     return {

@@ -18,6 +18,9 @@ Layout = Literal[
     "column_zeros",
     "channels",
     "channel_scales",
+    "coarse",
+    "fine",
+    "coarse_scales",
 ]
 
 
@@ -37,9 +40,11 @@ class WeightTensor(Frozen):
     graph's own. changes: done to them together, in this order. layout: `plain`, or a part of the quantized
     matrix that they then are, of N rows, K columns and L blocks of a row: codes row by row (`packed`, the
     last block filled up), their `scales` [N, L] and `zeros`; codes [K, N] (`columns`), with `column_scales`
-    [L, N] and `column_zeros`; codes [K, N] (`channels`) with a scale a row (`channel_scales`). bits: of a
-    stored value: 4 are packed two a byte, the earlier one in the lower half, whatever the dtype. block:
-    weights of a row that share a scale, of a matrix in blocks.
+    [L, N] and `column_zeros`; codes [K, N] (`channels`) with a scale a row (`channel_scales`); codes row by
+    row of which `coarse` has the upper four bits and `fine` the lower, each less 8, so that a weight is
+    (coarse + fine / 16) times its `coarse_scales` [N, L]. bits: of a stored value: 4 are packed two a byte,
+    the earlier one in the lower half, whatever the dtype. block: weights of a row that share a scale, of a
+    matrix in blocks.
     """
 
     offset: NonNegativeInt

@@ -84,12 +84,12 @@ def stored_bits(config: ExportConfig, checkpoint: Checkpoint, name: str, shape: 
     if how is None or len(shape) != 2:
         return 16 if config.precision == "fp16" else 32
     plan = StoragePlan(config.target, config.precision, how, tied=checkpoint.tied)
-    precision = plan.precision_of((name,), tied=name == checkpoint.tied)
-    if PRECISIONS[precision].bits is None:
+    form = plan.form_for((name,), shape[0], tied=name == checkpoint.tied)
+    if form is None:
         return 32
-    if how.mixed and precision == CALIBRATED:
+    if how.mixed and form.bits == PRECISIONS[CALIBRATED].bits:
         return how.budget or BUDGET
-    return bits_of(plan.form(precision), shape[1])
+    return bits_of(form, shape[1])
 
 
 def refuse(found: Estimate, place: Path) -> None:

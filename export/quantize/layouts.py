@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from stillgraph.exporter.ir.fold_weights import Origin, Recipe, Tensors, WeightStep
-from stillgraph.exporter.quantize.rounding import Format, Quantized, below, quantize
+from stillgraph.exporter.quantize.rounding import HALF_STEP, STEP, Format, Quantized, below, quantize
 from stillgraph.weight_tensor import Layout
 
+HALF_BYTE = 4
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 
 
@@ -84,7 +85,8 @@ class Part:
     def origin(self) -> Origin:
         """Scales are numbers of 32 bits; codes and zero points have the form's bits, whatever the dtype."""
         recipe, form = self.matrix.recipe, self.matrix.form
-        bits = 32 if self.dtype == ir.DataType.FLOAT else form.bits
+        codes = HALF_BYTE if self.layout in ("coarse", "fine") else form.bits
+        bits = 32 if self.dtype == ir.DataType.FLOAT else codes
         block = None if self.layout in ("channels", "channel_scales") else form.block
         changes = tuple(step.described() for step in recipe.steps)
         return Origin(recipe.sources, changes, bits, self.layout, block)
@@ -128,6 +130,38 @@ def zeros(matrix: Matrix) -> Part | None:
         return None
     shape = matrix.rows, _bytes(matrix, matrix.blocks)
     return matrix.part("zeros", ir.DataType.UINT8, shape, lambda q: _halves(_zeros(q), q.form.bits))
+
+
+# For a head that scores by its upper four bits, and a table of the same bytes. A level of 8 bits is
+# `STEP` * coarse + fine, both from -8 to 7.
+
+
+def coarse(matrix: Matrix) -> Part:
+    """UINT8 [N, L, block / 2]: the upper four bits."""
+    shape = matrix.rows, matrix.blocks, matrix.form.block // 2
+    return matrix.part("coarse", ir.DataType.UINT8, shape, _coarse)
+
+
+def coarse_table(matrix: Matrix) -> Part:
+    """UINT8 [N, L * block / 2]: `coarse`, row by row."""
+    shape = matrix.rows, matrix.blocks * matrix.form.block // 2
+    return matrix.part("coarse", ir.DataType.UINT8, shape, _coarse, name="coarse_table")
+
+
+def fine(matrix: Matrix) -> Part:
+    """UINT8 [N, L * block / 2]: the lower four bits."""
+    shape = matrix.rows, matrix.blocks * matrix.form.block // 2
+    return matrix.part("fine", ir.DataType.UINT8, shape, lambda q: _halves((q.codes + HALF_STEP) & 15, 4))
+
+
+def coarse_scales(matrix: Matrix) -> Part:
+    """FLOAT [N, L]: of a coarse level."""
+    shape = matrix.rows, matrix.blocks
+    return matrix.part("coarse_scales", ir.DataType.FLOAT, shape, lambda q: q.scales * STEP)
+
+
+def _coarse(quantized: Quantized) -> Tensor:
+    return _halves((quantized.codes + HALF_STEP) >> 4, 4)
 
 
 # For blocked DequantizeLinear along axis 0 of [K, N], which ONNX Runtime fuses with the product after it.

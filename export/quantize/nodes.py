@@ -65,12 +65,31 @@ class Builder:
         **attributes: Attribute,
     ) -> ir.Value:
         """The one output of a new node. Inputs that are None at the end are left out."""
+        return self.ops(op_type, inputs, [(shape, dtype)], domain, **attributes)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        made: Sequence[tuple[Sequence[int], ir.DataType]],
+        domain: str = "",
+        **attributes: Attribute,
+    ) -> list[ir.Value]:
+        """As `op`, for a node of several outputs. made: shape and dtype of each."""
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
-        output = ir.Value(shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        outputs = [ir.Value(shape=ir.Shape(shape), type=ir.TensorType(dtype)) for shape, dtype in made]
         attrs = ir.convenience.convert_attributes(attributes)
-        self._nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=[output]))
-        return output
+        self._nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=outputs))
+        return outputs
+
+    def first_columns(self, rows: ir.Value, columns: int) -> ir.Value:
+        """[.., columns] of rows that are filled up to whole blocks."""
+        *before, whole = shape_of(rows)
+        if whole == columns:
+            return rows
+        bounds = [self.constant(np.array([bound])) for bound in (0, columns, len(before))]
+        return self.op("Slice", [rows, *bounds], (*before, columns))
 
     def append_to_graph(self) -> None:
         """Put the nodes made since the last call behind those of the graph."""
@@ -121,10 +140,7 @@ def gather_table(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
         gather_axis=0,
         quantize_axis=1,
     )
-    if whole == matrix.columns:
-        return rows
-    bounds = [to.constant(np.array([bound])) for bound in (0, matrix.columns, len(shape_of(ids)))]
-    return to.op("Slice", [rows, *bounds], (*shape_of(ids), matrix.columns))
+    return to.first_columns(rows, matrix.columns)
 
 
 def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:

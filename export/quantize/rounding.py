@@ -21,6 +21,7 @@ STAGE = "quantize"
 # Where x86 has no VNNI, vpmaddubsw adds two products of unsigned and signed bytes in 16 bits, and cuts off
 # what is over 32767. Activations have codes up to 255, so two levels of one sign may add up to 32767 // 255.
 PAIR_SUM = 128
+STEP, HALF_STEP = 16, 8  # of coarse levels, in levels of 8 bits; fine ones are from -8 to 7
 PAIRED = 4  # columns that such a kernel may pair: its sums end in lanes of 32 bits, of four bytes each
 CHUNK = 1 << 18  # weights worked on at once: three buffers of them stay in the cache of a core
 TINY = 1e-30  # a block whose largest weight is below is all zeros
@@ -40,7 +41,8 @@ class Format:
     positive: no scale is below zero. A negative scale gives the one code more of the negative side to the
     side where a block's largest weight is; some runtimes refuse it. pair_safe: for products with uint8
     activations, whose sums are then exact on every CPU: no two levels of one sign among `PAIRED` columns add
-    up to more than `PAIR_SUM`. It costs a weight that has a large neighbor some of its range.
+    up to more than `PAIR_SUM`. It costs a weight that has a large neighbor some of its range. nested: a level
+    of 8 bits is 16 times one of four bits, the coarse one, and a fine one of four bits beside it.
     """
 
     bits: Bits
@@ -48,6 +50,7 @@ class Format:
     symmetric: bool = True
     positive: bool = False
     pair_safe: bool = False
+    nested: bool = False
 
     @classmethod
     def channel(cls, columns: int) -> Format:
@@ -62,7 +65,7 @@ class Format:
     @property
     def span(self) -> tuple[int, int]:
         """The smallest and the largest code, less the middle."""
-        return -self.middle, self.middle - 1
+        return -self.middle, self.middle - 1 - (HALF_STEP if self.nested else 0)
 
     def blocks(self, columns: int) -> int:
         return -(-columns // self.block)

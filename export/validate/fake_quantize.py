@@ -6,16 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.functional import linear
 
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter.quantize.lower import StoragePlan
-from stillgraph.exporter.quantize.rounding import Format, quantize
+from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
 from stillgraph.exporter.validate.shipped import Shipped
 from stillgraph.manifest import Manifest
 from stillgraph.weight_tensor import Layout, WeightChange, WeightTensor
 
-BLOCKED: tuple[Layout, ...] = ("packed", "columns")  # codes of a matrix in blocks, or of a table
+BLOCKED: tuple[Layout, ...] = ("packed", "columns", "coarse")  # codes of a matrix in blocks, or of a table
 CHANNELS: tuple[Layout, ...] = ("channels",)  # those of one with a scale a row
+PART = 1 << 15  # rows of a head that are in fp32 at once
 TURN = WeightChange(op="Transpose", argument=(1, 0))
 
 
@@ -40,13 +42,19 @@ def dequantize(model: torch.nn.Module, bundle: Path, manifest: Manifest, channel
             above = sum(len(parameters[name]) for name in stored.sources[: stored.sources.index(source)])
             matrix.copy_(torch.from_numpy(shipped.rows(source, stored, above, matrix.numpy())))
         else:
-            matrix.copy_(quantize(matrix, form_of(stored, manifest, matrix.shape[1])).dequantize())
+            rounded = quantize(matrix, form_of(stored, manifest, matrix.shape[1]))
+            matrix.copy_(rounded.dequantize())
+            if rounded.form.nested:
+                assert manifest.quantization is not None
+                head = RefinedHead(parameters[source], rounded, manifest.quantization.refine)
+                model.set_output_embeddings(head)  # type: ignore[operator]
 
 
 def is_calibrated(stored: WeightTensor, manifest: Manifest) -> bool:
     """Whether numbers may have been rounded for a text: those of four bits, nothing done to them before."""
     how = manifest.quantization
-    return how is not None and how.calibration is not None and stored.bits == 4 and not stored.changes
+    few = stored.bits == 4 and stored.layout != "coarse"
+    return how is not None and how.calibration is not None and few and not stored.changes
 
 
 def stored_as(manifest: Manifest, channels: bool) -> dict[str, WeightTensor]:
@@ -77,5 +85,37 @@ def form_of(stored: WeightTensor, manifest: Manifest, columns: int) -> Format:
     if stored.block is None:
         return Format.channel(columns)
     assert manifest.quantization is not None
-    plan = StoragePlan(manifest.target, manifest.precision, manifest.quantization)
-    return replace(plan.form("int4" if stored.bits == 4 else "int8"), block=stored.block)
+    plan, nested = (
+        StoragePlan(manifest.target, manifest.precision, manifest.quantization),
+        stored.layout == "coarse",
+    )
+    return replace(
+        plan.form("int4" if stored.bits == 4 and not nested else "int8", nested), block=stored.block
+    )
+
+
+class RefinedHead(torch.nn.Module):
+    """A head whose best scores are of its weights, and the others of what these are without their fine half.
+
+    weight: [N, K], as `rounded` has it; refine: how many of N. A level is rounded to the nearest multiple of
+    16, half of it upwards.
+    """
+
+    def __init__(self, weight: torch.nn.Parameter, rounded: Quantized, refine: int) -> None:
+        super().__init__()
+        self.weight, self.refine, self.block = weight, refine, rounded.form.block
+        levels = rounded.codes.to(torch.int16) - rounded.form.middle
+        self.levels = (torch.floor((levels + 8) / 16) * 16).to(torch.int8)  # of 8 bits: from -128 to 112
+        self.scales = rounded.scales
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[.., N] of hidden [.., K]."""
+        columns = self.weight.shape[1]
+        parts = zip(torch.split(self.levels, PART), torch.split(self.scales, PART), strict=True)
+        scores = torch.cat([linear(hidden, self._values(*part)[:, :columns]) for part in parts], dim=-1)
+        best = scores.topk(self.refine).indices
+        exact = linear(hidden, self.weight)
+        return scores.scatter(-1, best, exact.gather(-1, best))
+
+    def _values(self, levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return levels.to(torch.float32) * scales.repeat_interleave(self.block, dim=1)

@@ -60,6 +60,24 @@ def test_a_budget_that_nothing_fits_into_is_told(budget, form, said, refused) ->
     assert found.quantization.budget == budget + 0.1
 
 
+@pytest.mark.parametrize(
+    ("how", "refine"),
+    [
+        ({}, 1024),
+        ({"keep": ["down_proj=int8"]}, 1024),
+        ({"keep": ["lm_head=int8"]}, 0),  # asked for: all of its tokens have them
+        ({"target": "portable"}, 0),
+        ({"precision": "int8"}, 0),
+    ],
+)
+def test_a_head_of_int4_is_refined_where_no_precision_is_given_for_it(
+    how: dict[str, Any], refine: int
+) -> None:
+    config = request(**VALUES | INT4 | {"target": "onnxruntime"} | how)
+    assert config.quantization is not None
+    assert config.quantization.refine == refine
+
+
 def test_what_int4_is_calibrated_with(tmp_path: Path) -> None:
     text = LINES * 200
     (tmp_path / "text").write_text(text)

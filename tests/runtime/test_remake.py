@@ -70,6 +70,7 @@ CASES: list[tuple[dict[str, Any], list[str]]] = [
         four_bits(calibration="0" * 64, budget=4.5),
         [*START, *SIZES, *FOUR, "--block-size", "64", "--calibrate", "FILE", "--budget", "4.5", *KEPT[:2]],
     ),
+    (four_bits(refine=1024), [*START, *SIZES, *FOUR, "--block-size", "64"]),
     (
         four_bits(budget=None, kl=0.05),
         [*START, *SIZES, *FOUR, "--block-size", "64", "--kl", "0.05", *KEPT[:2]],
