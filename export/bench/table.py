@@ -18,6 +18,7 @@ BRIEF = (
     "TPOT ms",
     "load ms",
     "PSS MB",
+    "MB a token",
     "TTFT ratio",
     "TPOT ratio",
     "KL nats",
@@ -133,6 +134,7 @@ def _columns(report: Report) -> list[Column]:
         Column("RSS MB", lambda r, _: _median(r, lambda run: run.peak_rss_mb)),
         Column("weights MB", lambda r, _: _number(r.weights_mb, 0)),
         Column("cache MB", lambda r, _: _number(r.cache_mb, 0)),
+        Column("MB a token", lambda r, _: _number(r.read_mb, 0)),
         Column("GB/s", _bandwidth),
     ]
     compared = [

@@ -1,4 +1,4 @@
-"""OpenVINO in C++. The driver is built with CMake, once for its sources and for OpenVINO's version.
+"""OpenVINO in C++. The driver is built with CMake, once for its sources and for the library's version.
 
     python -m stillgraph.exporter.ship.cpp
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stillgraph.errors import StillgraphError
@@ -25,22 +26,62 @@ HEADERS = {"nlohmann/json.hpp": "nlohmann-json3-dev", "png.h": "libpng-dev"}  # 
 WHERE = "import openvino, openvino.utils as u; print(openvino.__version__, u.get_cmake_path(), sep='\\n')"
 
 
+@dataclass(frozen=True)
+class Library:
+    """A runtime's library for C++. options: what CMake is told of it."""
+
+    version: str
+    options: tuple[str, ...]
+
+
 class Cpp(Runtime):
     """A program that reads manifest.json alone."""
 
     name, title, sources = "c++", "OpenVINO in C++", ("cpp",)
 
     def command(self, folder: Path) -> Sequence[str] | str:
-        return missing() or [str(program()), "."]
+        return self.missing() or [str(self.program()), "."]
+
+    def lacking(self) -> str | None:
+        """What there is not of the library, in words; None where it is there."""
+        return environments.missing("openvino") if environments.python("openvino") is None else None
+
+    def library(self) -> Library:
+        interpreter = environments.python("openvino") or sys.executable
+        version, cmake = output([interpreter, "-c", WHERE]).split("\n")[-3:-1]
+        return Library(version, ("-DRUNTIME=openvino", f"-DOpenVINO_DIR={cmake}"))
+
+    def missing(self) -> str | None:
+        """What this machine lacks to have the program, in words; None where nothing is known to be."""
+        if lacking := self.lacking():
+            return lacking
+        return None if self.built(self.library()).is_file() else _unable_to_build()
+
+    def built(self, library: Library) -> Path:
+        """Where the program is, or is to be."""
+        digest = hashlib.sha256(repr(library).encode())
+        for path in self.driver_files():
+            if path.suffix != ".md":
+                digest.update(path.read_bytes())
+        return place() / f"{self.name}-{digest.hexdigest()[:12]}"
+
+    def program(self) -> Path:
+        """The program, built where it is not there yet. Raises StillgraphError."""
+        library = self.library()
+        done = self.built(library)
+        if not done.is_file():
+            done.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=done.parent) as folder:
+                output(["cmake", "-S", str(SOURCES), "-B", folder, *library.options])
+                output(["cmake", "--build", folder, "--parallel"])
+                (Path(folder) / "generate").replace(done)
+        return done
 
 
 RUNTIME = Cpp()
 
 
-def missing() -> str | None:
-    """What this machine lacks to build the driver, in words; None where nothing is known to be missing."""
-    if environments.python("openvino") is None:
-        return environments.missing("openvino")
+def _unable_to_build() -> str | None:
     if lacking := [name for name in ("cmake", "c++") if shutil.which(name) is None]:
         return f"{' and '.join(lacking)} not found: apt-get install cmake g++"
     source = "".join(f"#include <{header}>\n" for header in HEADERS)
@@ -50,40 +91,8 @@ def missing() -> str | None:
     return None
 
 
-def built() -> Path:
-    """Where the driver is, or is to be, as a program."""
-    return _built(_openvino()[0])
-
-
-def _built(version: str) -> Path:
-    digest = hashlib.sha256(version.encode())
-    for path in RUNTIME.driver_files():
-        if path.suffix != ".md":
-            digest.update(path.read_bytes())
-    return place() / f"c++-{digest.hexdigest()[:12]}"
-
-
-def program() -> Path:
-    """The driver as a program, built where it is not there yet. Raises StillgraphError."""
-    version, cmake = _openvino()
-    done = _built(version)
-    if not done.is_file():
-        done.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=done.parent) as folder:
-            _run(["cmake", "-S", str(SOURCES), "-B", folder, f"-DOpenVINO_DIR={cmake}"])
-            _run(["cmake", "--build", folder, "--parallel"])
-            (Path(folder) / "generate").replace(done)
-    return done
-
-
-def _openvino() -> tuple[str, str]:
-    """Its version, and the folder of its CMake files."""
-    interpreter = environments.python("openvino") or sys.executable
-    version, cmake = _run([interpreter, "-c", WHERE]).split("\n")[-3:-1]
-    return version, cmake
-
-
-def _run(command: Sequence[str]) -> str:
+def output(command: Sequence[str]) -> str:
+    """What a command that helps to build prints. Raises StillgraphError where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr + done.stdout).splitlines()
@@ -94,4 +103,4 @@ def _run(command: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(missing() or program())
+    print(RUNTIME.missing() or RUNTIME.program())

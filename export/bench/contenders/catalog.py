@@ -24,7 +24,7 @@ DEMO = HERE.parents[1] / "demo" / "demo_checkpoint"
 class Peer:
     """packages: as pip takes them; models: label of each that `prepare` writes, by file name; removed:
     packages that others ask for and that break; environment: flags for what is compiled, by
-    variable."""
+    variable; told: more words for `prepare`."""
 
     name: str
     script: str
@@ -32,6 +32,7 @@ class Peer:
     models: dict[str, str]
     removed: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
 
     def python(self, work: Path) -> Path:
         return work / "env" / self.name / "bin" / "python"
@@ -39,7 +40,7 @@ class Peer:
     def contenders(self, source: ContenderSource) -> list[Contender]:
         folder = DEMO if source.checkpoint == "demo" else Path(source.checkpoint)
         python, file = self.python(source.work), HERE / self.script
-        prepare = (str(python), str(file), "prepare", str(folder), str(source.models))
+        prepare = (str(python), str(file), "prepare", str(folder), str(source.models), *self.told)
         install = f"{Path(sys.executable).name} -m stillgraph.exporter.bench.contenders.install"
         remedy = f"{install} {self.name} --work {source.work}"
         missing = None if python.exists() else f"not installed: {remedy}"
@@ -69,11 +70,14 @@ PEERS = (
             "llama-q4_0.gguf": "llama.cpp Q4_0, embedding 8 bits",
             "llama-q4_0-embd4.gguf": "llama.cpp Q4_0, embedding too",
             "llama-q4_k_m.gguf": "llama.cpp Q4_K_M",
+            "llama-q4_k_m-im.gguf": "llama.cpp Q4_K_M, importance matrix",
             "llama-iq4_nl.gguf": "llama.cpp IQ4_NL",
+            "llama-iq4_nl-im.gguf": "llama.cpp IQ4_NL, importance matrix",
             "llama-q8_0.gguf": "llama.cpp Q8_0",
         },
         # Its AMX kernels crash at their first tile: https://github.com/ggml-org/llama.cpp/issues/20824
         environment=dict.fromkeys(("CFLAGS", "CXXFLAGS"), "-U__AMX_INT8__"),
+        told=(sys.executable, "-m", "stillgraph.exporter.quantize.importance"),
     ),
     Peer(
         "genai",

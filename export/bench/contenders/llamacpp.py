@@ -1,6 +1,8 @@
 """llama.cpp through the C interface of llama-cpp-python, as one contender; and the GGUF files it takes.
 
-python llamacpp.py prepare CHECKPOINT MODELS    # llama-source.gguf, and one of each of QUANTIZED
+python llamacpp.py prepare CHECKPOINT MODELS COMMAND ...    # llama-source.gguf, and one of each of QUANTIZED
+
+COMMAND, with CHECKPOINT and a new FILE.npz behind it, writes what the names that end in `-im` take.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +49,9 @@ QUANTIZED = {  # by name: the type, and that of the embedding and head where it 
     "q4_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, None),
     "q4_0-embd4": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, Q4_0),
     "q4_k_m": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, None),
+    "q4_k_m-im": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, None),
     "iq4_nl": (llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL, None),
+    "iq4_nl-im": (llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL, None),
     "q8_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, None),
 }
 
@@ -73,7 +78,7 @@ class Llama:
         self.facts = {
             "versions": {"llama-cpp-python": llama_cpp.__version__},
             "weights_mb": Path(request.model).stat().st_size / 1e6,
-            "read_mb": Path(request.model).stat().st_size / 1e6,
+            "read_mb": llama_cpp.llama_model_size(model) / 1e6,  # of tied tensors; the file has a tokenizer
         }
 
     def generate(self, ids: list[int], count: int) -> Iterator[int]:
@@ -222,13 +227,32 @@ def gguf_name(name: str, kind: str) -> str:
     return f"blk.{layer}.{names[rest.removesuffix('.weight')]}.weight"
 
 
-def prepare(checkpoint: Path, models: Path) -> None:
+def importance_matrix(checkpoint: Path, file: Path, command: list[str]) -> Any:
+    """llama.cpp's array of importances by tensor, ended by one without a name; file: where they are kept."""
+    if not file.is_file():
+        subprocess.run([*command, str(checkpoint), str(file)], check=True)
+    kind = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"].partition("_")[
+        0
+    ]
+    entry, found = llama_cpp.llama_model_imatrix_data, []
+    with np.load(file) as stored:
+        for name, values in stored.items():
+            numbers = (ctypes.c_float * len(values))(*values.tolist())
+            found.append(entry(gguf_name(name, kind).encode(), numbers, len(values)))
+    return (entry * (len(found) + 1))(*found, entry(None, None, 0))
+
+
+def prepare(checkpoint: Path, models: Path, command: list[str]) -> None:
     """Write the GGUF and quantize it: q4_0 keeps the embedding at 8 bits, which is llama.cpp's default."""
     silence()
     source = models / "llama-source.gguf"
     write_gguf(checkpoint, source)
     for name, (kind, embedding) in QUANTIZED.items():
+        if name.endswith("-im") and not command:
+            continue
         params = llama_cpp.llama_model_quantize_default_params()
+        if name.endswith("-im"):
+            params.imatrix = importance_matrix(checkpoint, models / "importance.npz", command)
         params.ftype = kind
         if embedding is not None:  # the tied head is the same tensor
             params.token_embedding_type = params.output_tensor_type = embedding
@@ -244,4 +268,4 @@ def open_contender(request: Any) -> Llama:
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[2]), Path(sys.argv[3]))
+    prepare(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

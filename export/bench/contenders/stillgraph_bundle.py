@@ -61,15 +61,19 @@ def cache_mb(manifest: Manifest) -> float | None:
 
 
 def read_mb(manifest: Manifest) -> float | None:
-    """Weights that a step reads: what the decode graph reads whole, each byte once, and of a table none.
+    """Weights that a step reads: what the decode graph reads whole, each byte once, of a table none, and of
+    the fine half of a head the rows that are refined.
 
     None without a decode graph.
     """
     decode = manifest.graph("decode") or manifest.graph("dynamic")
     if decode is None:
         return None
-    read = [manifest.weights.tensors[name] for name in decode.weights]
-    return sum({tensor.offset: tensor.nbytes for tensor in read}.values()) / MB
+    tensors, how = manifest.weights.tensors, manifest.quantization
+    read = {tensors[name].offset: tensors[name].nbytes for name in decode.weights}
+    fine = [tensors[name] for name in decode.tables if tensors[name].layout == "fine"]
+    rows = sum(how.refine * half.nbytes / half.shape[0] for half in fine) if how else 0
+    return (sum(read.values()) + rows) / MB
 
 
 def open_contender(request: Any) -> Ours:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stillgraph.exporter.ship import cpp
 from stillgraph.exporter.ship.check import answer_of
+from stillgraph.exporter.ship.cpp import Cpp
 from stillgraph.exporter.ship.runtimes import runtimes
 from stillgraph.exporter.ship.ship import ship
 from stillgraph.golden import GOLDEN, Compared, compare, read
@@ -30,14 +30,16 @@ PATIENCE = 120
 UNLOAD = "UNLOAD_PREFILL_BEFORE_DECODE"
 
 
-@pytest.fixture(scope="module")
-def program() -> Path:
+@pytest.fixture(scope="module", params=["c++", "c++-ort"])
+def program(request: pytest.FixtureRequest) -> Path:
     """Built before the tests, or none is run: that takes as long as all of them."""
-    if reason := cpp.missing():
+    runtime = runtimes()[request.param]
+    assert isinstance(runtime, Cpp)
+    if reason := runtime.missing():
         pytest.skip(reason)
-    if not cpp.built().is_file():
-        pytest.skip("the C++ driver is not built: python -m stillgraph.exporter.ship.cpp")
-    return cpp.built()
+    if not runtime.built(runtime.library()).is_file():
+        pytest.skip(f"the driver is not built: python -m {type(runtime).__module__}")
+    return runtime.built(runtime.library())
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +78,15 @@ def test_tokens_and_logits_are_those_of_pytorch(
 
 
 def test_it_is_shipped(program: Path, proven: Path, tmp_path: Path) -> None:
-    found = ship(proven, runtimes()["c++"], tmp_path / "one", lambda line: None)
+    runtime = runtimes()[program.name.rpartition("-")[0]]
+    found = ship(proven, runtime, tmp_path / "one", lambda line: None)
     checked = found.checked
     assert (checked.cases, checked.equal, checked.problems, checked.reason) == (5, 5, (), None)
     assert 0 < checked.worst < 1e-5
     assert "openvino" in checked.versions
     assert (found.folder / "CMakeLists.txt").is_file()
     assert "cmake --build build" in (found.folder / "README.md").read_text()
-    again = ship(proven, runtimes()["c++"], tmp_path / "two", lambda line: None)
+    again = ship(proven, runtime, tmp_path / "two", lambda line: None)
     assert found.archive.read_bytes() == again.archive.read_bytes()
 
 

@@ -1,5 +1,5 @@
-// What the loop asks of a runtime: one graph, loaded. openvino.cpp is the one that is here; another runtime is
-// another file with an `open_graph` of its own.
+// What the loop asks of a runtime: one graph, loaded. openvino.cpp and onnxruntime.cpp are the ones that are here;
+// another runtime is another file with an `open_graph` of its own.
 #pragma once
 
 #include <map>
@@ -38,9 +38,16 @@ public:
     virtual void reset() = 0;
 };
 
-// Throws Error for a graph that the runtime cannot load.
-std::unique_ptr<Graph> open_graph(const Manifest& manifest, const GraphEntry& entry, int threads);
+// few_bits: whether weights are of int8 or int4; one_at_a_time: whether a graph leaves memory before the next comes.
+struct Opening {
+    int threads;
+    bool few_bits, one_at_a_time;
+};
 
+// Throws Error for a graph that the runtime cannot load.
+std::unique_ptr<Graph> open_graph(const Manifest& manifest, const GraphEntry& entry, const Opening& opening);
+
+std::string runtime_name();
 std::string runtime_version();
 
 }  // namespace stillgraph

@@ -129,7 +129,7 @@ json answer(Generator& generator, const GoldenCase& one, const Sampling& samplin
         {"tpot_ms", given.tokens.size() > 1 ? json(rounded(given.tpot_ms)) : json()},
         {"peak_rss_mb", rounded(peak_rss_mb())},
         {"peak_pss_mb", peak.mb() > 0 ? json(rounded(peak.mb())) : json()},
-        {"versions", {{"openvino", runtime_version()}}},
+        {"versions", {{runtime_name(), runtime_version()}}},
     };
     if (!one.name.empty()) line.update({{"name", one.name}, {"logits", logits}});
     return line;

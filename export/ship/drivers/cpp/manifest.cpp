@@ -67,7 +67,7 @@ GraphEntry read_graph(const json& from) {
         read_custom_ops(from.at("ops").at("custom")),
     };
     for (const json& alias : from.at("aliases")) {
-        graph.aliases.push_back({alias.at("output"), alias.at("input")});
+        graph.aliases.push_back({alias.at("output"), alias.at("input"), alias.at("same_buffer")});
     }
     return graph;
 }
@@ -161,6 +161,7 @@ Manifest read_manifest(const fs::path& bundle) {
     try {
         Manifest manifest{bundle,
                           raw.at("model").at("vocab_size"),
+                          !raw.value("quantization", json()).is_null(),
                           read_vision(raw.at("model").at("vision")),
                           {},
                           read_file(raw.at("weights").at("file")),

@@ -35,6 +35,7 @@ struct Port {
 struct Alias {
     std::string output;
     std::string input;
+    bool same_buffer;  // whether the output may lie where the input is
 };
 
 struct GraphEntry {
@@ -80,6 +81,7 @@ struct Calling {
 struct Manifest {
     std::filesystem::path bundle;
     std::int64_t vocab_size;
+    bool few_bits;  // weights of int8 or int4
     std::optional<Vision> vision;
     std::vector<GraphEntry> graphs;
     File weights;

@@ -120,20 +120,21 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Graph> open_graph(const Manifest& manifest, const GraphEntry& entry, int threads) {
+std::unique_ptr<Graph> open_graph(const Manifest& manifest, const GraphEntry& entry, const Opening& opening) {
     const std::string path = (manifest.bundle / entry.file.path).string();
     if (!entry.custom_ops.empty()) {
         throw Error(STAGE, path + " needs " + entry.custom_ops + ", which OpenVINO does not have",
                     "export the bundle with --target portable");
     }
     try {
-        return std::make_unique<OpenVinoGraph>(manifest, entry, threads);
+        return std::make_unique<OpenVinoGraph>(manifest, entry, opening.threads);
     } catch (const ov::Exception& error) {
         throw Error(STAGE, "OpenVINO cannot load " + path + " (" + first_line(error.what()) + ")",
                     "check the bundle with 'stillgraph inspect'");
     }
 }
 
+std::string runtime_name() { return "openvino"; }
 std::string runtime_version() { return ov::get_openvino_version().buildNumber; }
 
 }  // namespace stillgraph
