@@ -69,7 +69,7 @@ def load(
     why, and the bundle's own graphs serve. A bundle of one growing graph has no prefill to unload.
     """
     began = time.perf_counter()
-    chosen = SessionChoice.of(threads, providers, session_options, backend)
+    chosen = SessionChoice.of(threads, providers, session_options, backend, profile)
     if not isinstance(bundle, str | os.PathLike):
         problem = f"a bundle was given as {type(bundle).__name__}"
         raise StillgraphError("load bundle", problem, "give the path of its folder")
@@ -82,7 +82,7 @@ def load(
     found = find(folder, manifest, hashes=check_hashes) if compiled and chosen.on_cpu else Found(None)
     if found.reason:
         log.warning(found.reason)
-    open_graph = _loader(folder, manifest, found.compiled, chosen, one, profile)
+    open_graph = _loader(folder, manifest, found.compiled, chosen, one)
     pair = None if manifest.graph("dynamic") else _pair(folder, manifest, found.compiled)
     vision = _vision(folder, manifest, open_graph, one)
     if pair is not None and not chosen.on_cpu:
@@ -160,7 +160,6 @@ def _loader(
     compiled: Compiled | None,
     chosen: SessionChoice,
     one_at_a_time: bool,
-    profile: Path | None,
 ) -> Load:
     if chosen.backend == "openvino":
         from stillgraph.openvino_graph import OpenVinoGraph
@@ -175,9 +174,9 @@ def _loader(
         if made:
             set_options(options, folder, pack)
             file = made.file
-        if profile is not None:
+        if chosen.profile is not None:
             options.enable_profiling = True
-            options.profile_file_prefix = str(profile / entry.shape.role)
+            options.profile_file_prefix = str(chosen.profile / entry.shape.role)
         former = mappings(weights)  # of the other graph, populated when that was loaded
         opened = Session(folder / file.path, entry, options, chosen.providers)
         if not pack:  # else there are copies, or packing has read every page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -26,13 +27,14 @@ class SessionChoice:
     """What a user chose for every graph's session.
 
     backend: whose sessions they are; all else but threads is ONNX Runtime's. options: config entries, whose
-    names have a dot, and attributes of `onnxruntime.SessionOptions`.
+    names have a dot, and attributes of `onnxruntime.SessionOptions`; profile: a folder for traces.
     """
 
     threads: int
     providers: tuple[Provider, ...]
     options: Mapping[str, Any]
     backend: str = BACKENDS[0]
+    profile: Path | None = None
 
     @classmethod
     def of(
@@ -41,18 +43,20 @@ class SessionChoice:
         providers: Sequence[Provider] | None,
         options: Mapping[str, Any] | None,
         backend: str = BACKENDS[0],
+        profile: Path | None = None,
     ) -> SessionChoice:
         """As a user gave it; None is for all cores, the CPU and nothing. Raises StillgraphError."""
         if threads is not None and not is_count(threads, 1):
             raise StillgraphError(STAGE, f"threads is {threads!r}", "give 1 or more")
         if backend not in BACKENDS:
             raise StillgraphError(STAGE, f"backend is {backend!r}", f"use {' or '.join(BACKENDS)}")
-        if backend != BACKENDS[0] and (providers is not None or options):
-            problem = f"providers and session_options are ONNX Runtime's, and backend is {backend}"
+        given = {"providers": providers, "session_options": options or None, "profile": profile}
+        if backend != BACKENDS[0] and (named := [name for name, value in given.items() if value is not None]):
+            problem = f"{' and '.join(named)} are of ONNX Runtime's sessions, and backend is {backend}"
             raise StillgraphError(STAGE, problem, "leave them out")
         chosen = (CPU,) if providers is None else _checked(providers)
         _check_options(options or {})
-        return cls(threads or available_cores(), chosen, options or {}, backend)
+        return cls(threads or available_cores(), chosen, options or {}, backend, profile)
 
     @property
     def on_cpu(self) -> bool:

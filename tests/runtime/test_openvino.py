@@ -62,14 +62,18 @@ def test_it_sees_the_same(tiny_bundle: Callable[..., Path]) -> None:
     assert np.abs(theirs - logits).max() < 1e-5 * np.abs(logits).max()
 
 
-def test_what_does_not_run_there_is_told(tiny_bundle: Callable[..., Path], refused: Any) -> None:
+def test_what_does_not_run_there_is_told(
+    tiny_bundle: Callable[..., Path], refused: Any, tmp_path: Path
+) -> None:
     growing = tiny_bundle([("dynamic", 40, 40)])
     with refused("load bundle", "has a growing cache, and backend is openvino", "static graphs"):
         load(growing, backend="openvino")
     with refused("load bundle", "of ONNX Runtime's CPU provider, and backend is openvino", "portable"):
         load(tiny_bundle(target="onnxruntime"), backend="openvino")
-    with refused("load bundle", "session_options are ONNX Runtime's, and backend is openvino"):
+    with refused("load bundle", "session_options are of ONNX Runtime's sessions, and backend is openvino"):
         load(tiny_bundle(), backend="openvino", session_options={"intra_op_num_threads": 1})
+    with refused("load bundle", "profile are of ONNX Runtime's sessions"):
+        load(tiny_bundle(), backend="openvino", profile=tmp_path)
     with refused("load bundle", "backend is 'tvm'; use onnxruntime or openvino"):
         load(tiny_bundle(), backend="tvm")
 

@@ -250,7 +250,7 @@ Graph& Generator::use(const std::string& role) {
     std::unique_ptr<Graph>& graph = graphs_[role];
     if (graph == nullptr) {
         const double began = now_ms();
-        graph = open_graph(manifest_, manifest_.need(role), {threads_, manifest_.few_bits, one_at_a_time_});
+        graph = open_graph(manifest_, manifest_.need(role), {threads_, manifest_.precision, one_at_a_time_});
         return_memory();
         load_ms_ += now_ms() - began;
     }

@@ -38,10 +38,11 @@ public:
     virtual void reset() = 0;
 };
 
-// few_bits: whether weights are of int8 or int4; one_at_a_time: whether a graph leaves memory before the next comes.
+// precision: of weights; one_at_a_time: whether a graph leaves memory before the next comes.
 struct Opening {
     int threads;
-    bool few_bits, one_at_a_time;
+    std::string precision;
+    bool one_at_a_time;
 };
 
 // Throws Error for a graph that the runtime cannot load.

@@ -161,7 +161,7 @@ Manifest read_manifest(const fs::path& bundle) {
     try {
         Manifest manifest{bundle,
                           raw.at("model").at("vocab_size"),
-                          !raw.value("quantization", json()).is_null(),
+                          raw.at("precision"),
                           read_vision(raw.at("model").at("vision")),
                           {},
                           read_file(raw.at("weights").at("file")),

@@ -81,7 +81,7 @@ struct Calling {
 struct Manifest {
     std::filesystem::path bundle;
     std::int64_t vocab_size;
-    bool few_bits;  // weights of int8 or int4
+    std::string precision;  // of weights
     std::optional<Vision> vision;
     std::vector<GraphEntry> graphs;
     File weights;

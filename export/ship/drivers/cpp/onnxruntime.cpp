@@ -32,9 +32,8 @@ Ort::SessionOptions session_options(const GraphEntry& entry, const Opening& open
     options.SetInterOpNumThreads(1);
     // Sums of bytes that are exact on CPUs without VNNI too.
     options.AddConfigEntry("session.x64quantprecision", "1");
-    // Weights of fp32 and fp16 stay mapped from the file, which all graphs share; those of few bits have no other
-    // fast kernels.
-    if (!opening.few_bits) options.AddConfigEntry("session.disable_prepacking", "1");
+    // Weights of fp32 stay mapped from the file, which all graphs share; those of few bits have no other fast kernels.
+    if (opening.precision == "fp32") options.AddConfigEntry("session.disable_prepacking", "1");
     if (entry.role != "decode") {
         // Its threads would spin on for a while and take the cores from the first decode steps.
         options.AddConfigEntry("session.force_spinning_stop", "1");
