@@ -93,7 +93,7 @@ class StoragePlan:
         size = NESTED_BLOCK if nested else self.quantization.block_size
         # Beside four bits, eight need no zero points: they are far from what is lost.
         symmetric = self.quantization.symmetric or (self.precision == CALIBRATED and bits == WIDER)
-        return Format(bits, size, symmetric, positive or nested, nested=nested)
+        return Format(bits, size, symmetric, positive, nested=nested)
 
     def form_for(self, sources: tuple[str, ...], rows: int, tied: bool) -> Format | None:
         """How a weight is stored; None where its numbers stay as they are. tied: as for `precision_of`."""

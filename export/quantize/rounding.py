@@ -42,7 +42,8 @@ class Format:
     side where a block's largest weight is; some runtimes refuse it. pair_safe: for products with uint8
     activations, whose sums are then exact on every CPU: no two levels of one sign among `PAIRED` columns add
     up to more than `PAIR_SUM`. It costs a weight that has a large neighbor some of its range. nested: a level
-    of 8 bits is 16 times one of four bits, the coarse one, and a fine one of four bits beside it.
+    of 8 bits is 16 times one of four bits, the coarse one, and a fine one of four bits beside it. Fine ones
+    are -0.5 in the mean, which with scales of either sign is no bias of what coarse ones alone give.
     """
 
     bits: Bits
@@ -195,7 +196,11 @@ def _candidate(low: Tensor, high: Tensor, factor: float, form: Format) -> tuple[
             scale = torch.maximum(low / least, high / most)
         else:  # the larger side gets the side with one code more, by the sign of the scale
             scale = torch.where(-low >= high, low, high) / least
-        return _not_tiny(scale) * factor, 0.0
+        scale = _not_tiny(scale)
+        if form.nested:  # which has fewer codes on the other side
+            other = torch.where(-low >= high, high, low)
+            scale = scale * (other / scale / most).clamp(min=1)
+        return scale * factor, 0.0
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _not_tiny((high - low) / (most - least)) * factor
     middle = (most + least) / 2 - (low + high) / 2 / scale

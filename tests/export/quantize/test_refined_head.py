@@ -44,7 +44,7 @@ def planes(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, Path]:
 def test_rows_have_eight_bits(tmp_path: Path) -> None:
     _, whole, scale, path = planes(tmp_path)
     np.testing.assert_allclose(run(path, CASE.ids())["rows"], whole[CASE.ids()], rtol=1e-6, atol=1e-6)
-    off = np.abs(whole - CASE.matrix("embed.weight").numpy())
+    off, scale = np.abs(whole - CASE.matrix("embed.weight").numpy()), np.abs(scale)
     assert (
         off <= scale / 16 * 1.01
     ).all()  # a level of eight bits: half of one, and more where it is clipped
@@ -85,3 +85,11 @@ def test_other_heads_are_one_product(entries: int, change: dict[str, Any], tmp_p
     path, _ = lowered(Case(entries=entries), plan("onnxruntime", "int4", **values), tmp_path)
     assert ops(path)["TopK"] == 0
     assert ops(path)["MatMulNBits"] == 2
+
+
+def test_four_bits_alone_have_no_bias(tmp_path: Path) -> None:
+    """Of inputs that all are positive, which add up what the fine halves of a row have in common."""
+    coarse, whole, scale, _ = planes(tmp_path)
+    rows = (coarse - whole).mean(-1) / np.abs(scale).mean(-1)  # in coarse steps, of which a bias has 1 / 32
+    spread = np.sqrt(1 / 12 / CASE.columns / CASE.entries)  # of the mean of uniform errors
+    assert abs(rows.mean()) < 4 * spread + 0.005
