@@ -71,7 +71,7 @@ def test_a_request() -> None:
         ({"budget": 5.0}, ("--budget", "--precision fp32", "int8 or int4")),
         ({"precision": "int8", "budget": 5.0}, ("--budget 5", "--precision int8", "leave one of them out")),
         (INT4 | {"budget": 5.0}, ("--budget 5", "--calibrate none", "leave one of them out")),
-        (INT4 | {"calibrate": "samples", "budget": 3.0}, ("--budget 3", "between 4 and 9", "--budget 5.5")),
+        (INT4 | {"calibrate": "samples", "budget": 3.0}, ("--budget 3", "between 4 and 9", "--budget 6.4")),
         (INT4 | {"calibrate": "samples", "budget": 10.0}, ("--budget 10", "between 4 and 9")),
         ({"kl": 0.1}, ("--kl", "--precision fp32", "int8 or int4")),
         ({"precision": "int8", "kl": 0.1}, ("--kl 0.1", "--precision int8", "leave one of them out")),

@@ -86,7 +86,7 @@ def test_what_int4_is_calibrated_with(tmp_path: Path) -> None:
         config = request(**VALUES | INT4 | {"calibrate": option})
         assert config.quantization is not None
         assert config.quantization.calibration == found
-        assert config.quantization.budget == (found and 5.5)
+        assert config.quantization.budget == (found and 6.4)
     eight = request(**VALUES | {"precision": "int8", "calibrate": "samples"}).quantization
     assert eight is not None
     assert eight.calibration is None

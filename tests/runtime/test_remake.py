@@ -44,7 +44,7 @@ def quantized(version: int) -> dict[str, Any]:
 
 def four_bits(**how: Any) -> dict[str, Any]:
     form = {"block_size": 64, "symmetric": False, "keep": {"lm_head": "int8"}, "fast_prefill": False}
-    return old(4, precision="int4", quantization=form | {"calibration": "samples", "budget": 5.5} | how)
+    return old(4, precision="int4", quantization=form | {"calibration": "samples", "budget": 6.4} | how)
 
 
 START = ["stillgraph", "export", "bundle", "-m", "google/gemma-3-1b-it"]
