@@ -1,6 +1,6 @@
 """The C++ driver beside our Python, for three jobs: a growing cache, static graphs, a picture in the prompt.
 
-    python -m stillgraph.exporter.ship.side_by_side FOLDER [--turns N] [--static BUNDLE]
+    python -m tests.export.ship.side_by_side FOLDER [--turns N] [--static BUNDLE]
 
 exports the demo for each job into the folder and gives each process in turn the longest prompt of golden.json
 that some tokens follow, or the one with a picture. It prints a table of medians.
