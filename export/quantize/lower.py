@@ -88,12 +88,16 @@ class StoragePlan:
         return kept[-1] if kept else self.precision
 
     def form(self, precision: Precision, nested: bool = False) -> Format:
-        bits, positive = PRECISIONS[precision].bits, not TARGETS[self.target].signed_scales
+        bits, how = PRECISIONS[precision].bits, self.quantization
         assert bits is not None
-        size = NESTED_BLOCK if nested else self.quantization.block_size
-        # Beside four bits, eight need no zero points: they are far from what is lost.
-        symmetric = self.quantization.symmetric or (self.precision == CALIBRATED and bits == WIDER)
-        return Format(bits, size, symmetric, positive, nested=nested)
+        if nested:
+            return Format(bits, NESTED_BLOCK, nested=True)
+        # Beside four bits, eight need no zero points, nor scales that one target alone takes.
+        wider, positive = (
+            self.precision == CALIBRATED and bits == WIDER,
+            not TARGETS[self.target].signed_scales,
+        )
+        return Format(bits, how.block_size, how.symmetric or wider, positive or wider)
 
     def form_for(self, sources: tuple[str, ...], rows: int, tied: bool) -> Format | None:
         """How a weight is stored; None where its numbers stay as they are. tied: as for `precision_of`."""
