@@ -85,13 +85,10 @@ def form_of(stored: WeightTensor, manifest: Manifest, columns: int) -> Format:
     if stored.block is None:
         return Format.channel(columns)
     assert manifest.quantization is not None
-    plan, nested = (
-        StoragePlan(manifest.target, manifest.precision, manifest.quantization),
-        stored.layout == "coarse",
-    )
-    return replace(
-        plan.form("int4" if stored.bits == 4 and not nested else "int8", nested), block=stored.block
-    )
+    nested = stored.layout == "coarse"
+    few = stored.bits == 4 and not nested
+    plan = StoragePlan(manifest.target, manifest.precision, manifest.quantization)
+    return replace(plan.form("int4" if few else "int8", nested), block=stored.block)
 
 
 class RefinedHead(torch.nn.Module):
