@@ -115,6 +115,7 @@ def test_options_of_quantization_reach_the_export(tmp_path, monkeypatch, capsys)
             block_size=32,
             symmetric=False,
             keep={"embed_tokens": "int8", "lm_head": "int8", "a": "int8", "b": "fp32"},
+            refine=1024,
             fast_prefill=True,
         )
         assert slacks == {"prefill": [199], "decode": [128], "bundle": [199, 199]}[command]
