@@ -19,7 +19,7 @@ from stillgraph.exporter.ir.fold_weights import Origin, Recipe, Tensors, WeightS
 from stillgraph.exporter.quantize.rounding import HALF_STEP, STEP, Format, Quantized, below, quantize
 from stillgraph.weight_tensor import Layout
 
-HALF_BYTE = 4
+HALF_BYTE = 4  # bits of a code, coarse or fine
 CODES = {(4, True): "INT4", (4, False): "UINT4", (8, True): "INT8", (8, False): "UINT8"}
 
 

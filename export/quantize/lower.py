@@ -153,12 +153,11 @@ def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: StorageP
     operand = node.inputs[0 if node.op_type == "MatMul" else 1]
     assert operand is not None
     shape, own_ops = ops.shape_of(operand), TARGETS[plan.target].own_ops
-    if matrix.form.nested:
-        refined = refined_rows if node.op_type == "Gather" else refined_scores
-        result = refined(builder, operand, matrix, plan.quantization.refine)
-    elif node.op_type == "Gather":
+    if node.op_type == "Gather":
         gather = ops.gather_table if own_ops else ops.gather_columns
-        result = gather(builder, operand, matrix)
+        result = (refined_rows if matrix.form.nested else gather)(builder, operand, matrix)
+    elif matrix.form.nested:
+        result = refined_scores(builder, operand, matrix, plan.quantization.refine)
     elif not own_ops:
         result = ops.dequantized_product(builder, operand, matrix)
     elif plan.fast and shape[-2] > 1:

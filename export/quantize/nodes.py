@@ -83,14 +83,6 @@ class Builder:
         self._nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=outputs))
         return outputs
 
-    def first_columns(self, rows: ir.Value, columns: int) -> ir.Value:
-        """[.., columns] of rows that are filled up to whole blocks."""
-        *before, whole = shape_of(rows)
-        if whole == columns:
-            return rows
-        bounds = [self.constant(np.array([bound])) for bound in (0, columns, len(before))]
-        return self.op("Slice", [rows, *bounds], (*before, columns))
-
     def append_to_graph(self) -> None:
         """Put the nodes made since the last call behind those of the graph."""
         nodes, self._nodes = self._nodes, []
@@ -110,15 +102,20 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
 
 def blocked_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
     """x @ W.T by MatMulNBits."""
-    weights = [to.weight(part(matrix)) for part in (layouts.packed, layouts.scales, layouts.zeros)]
+    parts = [part(matrix) for part in (layouts.packed, layouts.scales, layouts.zeros)]
+    return product_of(to, x, matrix, matrix.form.bits, parts)
+
+
+def product_of(to: Builder, x: ir.Value, matrix: Matrix, bits: int, parts: Sequence[Part | None]) -> ir.Value:
+    """MatMulNBits of x by codes of `bits`, with their scales and zero points: [.., N]."""
     return to.op(
         "MatMulNBits",
-        [x, *weights],
+        [x, *map(to.weight, parts)],
         (*shape_of(x)[:-1], matrix.rows),
         domain=MICROSOFT,
         K=matrix.columns,
         N=matrix.rows,
-        bits=matrix.form.bits,
+        bits=bits,
         block_size=matrix.form.block,
         accuracy_level=ACCURACY,
     )
@@ -126,21 +123,28 @@ def blocked_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
 
 def gather_table(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
     """Rows [.., K] of W by GatherBlockQuantized, out of the bytes that `blocked_product` reads."""
-    table, scales, zeros = (
-        to.weight(part(matrix)) for part in (layouts.table, layouts.scales, layouts.zeros)
-    )
+    parts = [part(matrix) for part in (layouts.table, layouts.scales, layouts.zeros)]
+    return rows_of(to, ids, matrix, matrix.form.bits, parts)
+
+
+def rows_of(to: Builder, ids: ir.Value, matrix: Matrix, bits: int, parts: Sequence[Part | None]) -> ir.Value:
+    """GatherBlockQuantized of rows of codes of `bits`, with their scales and zero points: [.., K]."""
+    codes, scales, *zeros = map(to.weight, parts)
     whole = matrix.blocks * matrix.form.block
     rows = to.op(
         "GatherBlockQuantized",
-        [table, ids, scales, zeros],
+        [codes, ids, scales, *zeros],
         (*shape_of(ids), whole),
         domain=MICROSOFT,
-        bits=matrix.form.bits,
+        bits=bits,
         block_size=matrix.form.block,
         gather_axis=0,
         quantize_axis=1,
     )
-    return to.first_columns(rows, matrix.columns)
+    if whole == matrix.columns:
+        return rows
+    bounds = [to.constant(np.array([bound])) for bound in (0, matrix.columns, len(shape_of(ids)))]
+    return to.op("Slice", [rows, *bounds], (*shape_of(ids), matrix.columns))
 
 
 def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:

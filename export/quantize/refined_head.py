@@ -12,28 +12,16 @@ import numpy as np
 import onnx_ir as ir
 
 from stillgraph.exporter.quantize import layouts
-from stillgraph.exporter.quantize.layouts import Matrix, Part
-from stillgraph.exporter.quantize.nodes import ACCURACY, Builder, shape_of
+from stillgraph.exporter.quantize.layouts import HALF_BYTE, Matrix, Part
+from stillgraph.exporter.quantize.nodes import Builder, product_of, rows_of, shape_of
 from stillgraph.exporter.quantize.rounding import STEP
-from stillgraph.exporter.targets import MICROSOFT
-
-HALF_BYTE = 4  # bits of a code, coarse or fine
 
 
 def refined_scores(to: Builder, x: ir.Value, matrix: Matrix, refine: int) -> ir.Value:
     """x [.., K] @ W.T: of each row [N] the `refine` best by W's eight bits, the others by its upper four."""
     *rows, columns = shape_of(x)
-    scores = to.op(
-        "MatMulNBits",
-        [x, to.weight(layouts.coarse(matrix)), to.weight(layouts.coarse_scales(matrix))],
-        (*rows, matrix.rows),
-        domain=MICROSOFT,
-        K=columns,
-        N=matrix.rows,
-        bits=HALF_BYTE,
-        block_size=matrix.form.block,
-        accuracy_level=ACCURACY,
-    )
+    upper = [layouts.coarse(matrix), layouts.coarse_scales(matrix)]
+    scores = product_of(to, x, matrix, HALF_BYTE, upper)
     best, tokens = to.ops(
         "TopK",
         [scores, to.constant(np.array([refine]))],
@@ -49,7 +37,7 @@ def refined_scores(to: Builder, x: ir.Value, matrix: Matrix, refine: int) -> ir.
     return to.op("ScatterElements", [scores, tokens, refined], (*rows, matrix.rows), axis=-1)
 
 
-def refined_rows(to: Builder, ids: ir.Value, matrix: Matrix, refine: int) -> ir.Value:
+def refined_rows(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
     """Rows [.., K] of W at its eight bits, out of the bytes that `refined_scores` reads."""
     coarse = _gathered(to, layouts.coarse_table(matrix), ids, matrix)
     fine = _gathered(to, layouts.fine(matrix), ids, matrix)
@@ -59,15 +47,4 @@ def refined_rows(to: Builder, ids: ir.Value, matrix: Matrix, refine: int) -> ir.
 
 def _gathered(to: Builder, codes: Part, ids: ir.Value, matrix: Matrix) -> ir.Value:
     """Rows [.., K] of codes of four bits, in units of a coarse level's scale."""
-    whole = matrix.blocks * matrix.form.block
-    rows = to.op(
-        "GatherBlockQuantized",
-        [to.weight(codes), ids, to.weight(layouts.coarse_scales(matrix))],
-        (*shape_of(ids), whole),
-        domain=MICROSOFT,
-        bits=HALF_BYTE,
-        block_size=matrix.form.block,
-        gather_axis=0,
-        quantize_axis=1,
-    )
-    return to.first_columns(rows, matrix.columns)
+    return rows_of(to, ids, matrix, HALF_BYTE, [codes, layouts.coarse_scales(matrix)])

@@ -53,8 +53,7 @@ def dequantize(model: torch.nn.Module, bundle: Path, manifest: Manifest, channel
 def is_calibrated(stored: WeightTensor, manifest: Manifest) -> bool:
     """Whether numbers may have been rounded for a text: those of four bits, nothing done to them before."""
     how = manifest.quantization
-    few = stored.bits == 4 and stored.layout != "coarse"
-    return how is not None and how.calibration is not None and few and not stored.changes
+    return how is not None and how.calibration is not None and _few(stored) and not stored.changes
 
 
 def stored_as(manifest: Manifest, channels: bool) -> dict[str, WeightTensor]:
@@ -85,10 +84,14 @@ def form_of(stored: WeightTensor, manifest: Manifest, columns: int) -> Format:
     if stored.block is None:
         return Format.channel(columns)
     assert manifest.quantization is not None
-    nested = stored.layout == "coarse"
-    few = stored.bits == 4 and not nested
     plan = StoragePlan(manifest.target, manifest.precision, manifest.quantization)
-    return replace(plan.form("int4" if few else "int8", nested), block=stored.block)
+    form = plan.form("int4" if _few(stored) else "int8", nested=stored.layout == "coarse")
+    return replace(form, block=stored.block)
+
+
+def _few(stored: WeightTensor) -> bool:
+    """Whether a weight has four bits; of eight in two halves each tensor has four."""
+    return stored.bits == 4 and stored.layout != "coarse"
 
 
 class RefinedHead(torch.nn.Module):

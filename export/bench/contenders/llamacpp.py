@@ -45,6 +45,7 @@ TABLES = {
 }
 DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 Q4_0 = 2  # GGML_TYPE_Q4_0
+KINDS = {"gemma3_text": "gemma3", "llama": "llama"}  # as GGUF calls models, by transformers' names
 QUANTIZED = {  # by name: the type, and that of the embedding and head where it is not llama.cpp's default
     "q4_0": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, None),
     "q4_0-embd4": (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, Q4_0),
@@ -141,7 +142,7 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    kind = {"gemma3_text": "gemma3", "llama": "llama"}.get(config["model_type"])
+    kind = KINDS.get(config["model_type"])
     if kind is None:
         raise SystemExit(f"this script writes no GGUF of a {config['model_type']}")
     writer = gguf.GGUFWriter(target, kind)
@@ -231,9 +232,7 @@ def importance_matrix(checkpoint: Path, file: Path, command: list[str]) -> Any:
     """llama.cpp's array of importances by tensor, ended by one without a name; file: where they are kept."""
     if not file.is_file():
         subprocess.run([*command, str(checkpoint), str(file)], check=True)
-    kind = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"].partition("_")[
-        0
-    ]
+    kind = KINDS[json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]]
     entry, found = llama_cpp.llama_model_imatrix_data, []
     with np.load(file) as stored:
         for name, values in stored.items():
