@@ -93,10 +93,8 @@ class StoragePlan:
         if nested:
             return Format(bits, NESTED_BLOCK, nested=True)
         # Beside four bits, eight need no zero points, nor scales that one target alone takes.
-        wider, positive = (
-            self.precision == CALIBRATED and bits == WIDER,
-            not TARGETS[self.target].signed_scales,
-        )
+        wider = self.precision == CALIBRATED and bits == WIDER
+        positive = not TARGETS[self.target].signed_scales
         return Format(bits, how.block_size, how.symmetric or wider, positive or wider)
 
     def form_for(self, sources: tuple[str, ...], rows: int, tied: bool) -> Format | None:

@@ -91,9 +91,9 @@ def _unable_to_build() -> str | None:
     return None
 
 
-def output(command: Sequence[str]) -> str:
-    """What a command that helps to build prints. Raises StillgraphError where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def output(command: Sequence[str], folder: Path | None = None) -> str:
+    """What a command that helps to build prints, run in a folder. Raises StillgraphError where it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr + done.stdout).splitlines()
         said = next((line for line in lines if "error" in line.lower()), "it says nothing")

@@ -9,7 +9,6 @@ is. The C interface only grows, so that headers of an earlier version serve any 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -37,9 +36,8 @@ class OnnxRuntimeCpp(Cpp):
         return None
 
     def library(self) -> Library:
-        version, package = output([environments.python("ort") or sys.executable, "-c", WHERE]).splitlines()[
-            -2:
-        ]
+        interpreter = environments.python("ort") or sys.executable
+        version, package = output([interpreter, "-c", WHERE]).splitlines()[-2:]
         (found,) = Path(package).glob("capi/libonnxruntime.so.*")
         named = own() / "lib" / "libonnxruntime.so.1"  # as programs look for it
         if not named.is_file() or not named.samefile(found):
@@ -85,7 +83,7 @@ def unpack_headers() -> None:
         }
         apt = ["apt-get", "-q", *(f"-o{key}={value}" for key, value in settings.items())]
         output([*apt, "update"])
-        subprocess.run([*apt, "download", PACKAGE], cwd=folder, check=True, capture_output=True)
+        output([*apt, "download", PACKAGE], folder)
         (package,) = folder.glob("*.deb")
         output(["dpkg-deb", "--extract", str(package), os.fspath(own())])
 
