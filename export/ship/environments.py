@@ -21,10 +21,11 @@ from stillgraph.serve.packages import PAGE, fetch, packages, place
 
 # name: (the module that tells whether it is there, packages)
 PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ort": ("onnxruntime", ("numpy", "onnxruntime")),
-    "openvino": ("openvino", ("numpy", "openvino")),
-    "mnn": ("MNN", ("numpy", "mnn")),
-    "qnn": ("onnxruntime_qnn", ("numpy", "onnxruntime==1.32.0", "onnxruntime-qnn==2.7.0")),
+    "ort": ("onnxruntime", ("numpy", "pillow", "onnxruntime")),
+    "openvino": ("openvino", ("numpy", "pillow", "openvino")),
+    "mnn": ("MNN", ("numpy", "pillow", "mnn")),
+    "qnn": ("onnxruntime_qnn", ("numpy", "pillow", "onnxruntime==1.32.0", "onnxruntime-qnn==2.7.0")),
+    "iree": ("iree", ("numpy", "pillow", "iree-base-compiler[onnx]==3.13.0", "iree-base-runtime==3.13.0")),
     "triton": ("tritonclient", ("tritonclient[grpc]",)),
 }
 # name: the folder whose package.json and lock file say what npm is to fetch

@@ -38,7 +38,7 @@ std::vector<Port> read_ports(const json& from) {
         for (const json& size : each.at("shape")) {
             shape.push_back(size.is_string() ? ANY : size.get<std::int64_t>());
         }
-        ports.push_back({each.at("name"), each.at("role"), maybe<int>(each, "layer"), shape});
+        ports.push_back({each.at("name"), each.at("role"), each.at("dtype"), maybe<int>(each, "layer"), shape});
     }
     return ports;
 }

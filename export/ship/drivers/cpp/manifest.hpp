@@ -26,10 +26,12 @@ struct File {
 struct Port {
     std::string name;
     std::string role;
+    std::string dtype;  // float32 or int64
     std::optional<int> layer;  // of keys and values
     Shape shape;
 
     CacheKey key() const { return {*layer, role}; }
+    bool is_ids() const { return dtype == "int64"; }
 };
 
 struct Alias {

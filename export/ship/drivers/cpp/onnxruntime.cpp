@@ -53,7 +53,7 @@ public:
         for (const auto* ports : {&entry.inputs, &entry.outputs}) {
             for (const Port& port : *ports) {
                 if (port.layer || (grows_ && ports == &entry.inputs)) continue;
-                small_[port.name] = allocate(port.shape, ports == &entry.inputs && is_ids(port) ? 8 : 4);
+                small_[port.name] = allocate(port.shape, size_of(port));
             }
         }
         if (!grows_) allocate_cache();
@@ -111,7 +111,7 @@ private:
     using Tensors = std::map<std::string, CacheTensor>;  // by port, or by layer and role
 
     static std::string id(const Port& port) { return std::to_string(*port.layer) + port.role; }
-    static bool is_ids(const Port& port) { return port.role != "embeddings" && port.role != "pixels"; }
+    static std::size_t size_of(const Port& port) { return port.is_ids() ? sizeof(std::int64_t) : sizeof(float); }
 
     static CacheTensor allocate(const Shape& shape, std::size_t size) {
         const std::shared_ptr<void> memory = zeros(count_of(shape) * size);
@@ -132,14 +132,11 @@ private:
 
     Ort::Value value(const Port& port, Tensors& tensors) {
         CacheTensor& tensor = tensors.at(port.layer ? id(port) : port.name);
-        const bool whole = !port.layer && is_input(port) && is_ids(port);
-        const auto type = whole ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-        const std::size_t bytes = count_of(tensor.shape) * (whole ? sizeof(std::int64_t) : sizeof(float));
+        const auto type = port.is_ids() ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        const std::size_t bytes = count_of(tensor.shape) * size_of(port);
         return Ort::Value::CreateTensor(memory_, static_cast<void*>(tensor.data), bytes, tensor.shape.data(),
                                         tensor.shape.size(), type);
     }
-
-    bool is_input(const Port& port) const { return entry_.input(port.role) != nullptr; }
 
     // What a growing graph has made is what its next run reads.
     void keep(std::vector<Ort::Value>& made) {

@@ -1,0 +1,103 @@
+"""IREE. Its compiler makes a module of each graph; the weights of both lie in one file of parameters.
+
+Its DequantizeLinear knows no blocks, so weights of few bits are dequantized in plain ops, four bits as eight.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.config import Say
+from stillgraph.exporter.ship.environments import missing, python, variables
+from stillgraph.exporter.ship.python_runtime import PythonRuntime
+from stillgraph.exporter.ship.runtimes import STAGE
+from stillgraph.exporter.ship.widened import widen_blocks
+from stillgraph.exporter.weights import WEIGHTS_FILE
+from stillgraph.manifest import GraphEntry, Manifest
+
+CPU = "x86-64-v3"  # with AVX2; NAME.mlir is there to be compiled for another
+SCOPE = "weights"  # what the modules call the file of parameters
+PLAIN = "plain.onnx"  # a graph as IREE can read it
+LARGE = 256  # numbers of a constant that is not in the module but among the parameters
+IMPORT = (
+    "--externalize-params",
+    *("--params-scope", SCOPE, "--num-elements-threshold", f"{LARGE}", "--opset-version", "21"),
+)
+TARGET = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
+# Whether all that the second file has is in the first one.
+CONTAINS = """
+import sys, iree.runtime as iree
+def entries(path):
+    index = iree.ParameterIndex()
+    index.load(path)
+    return {name: bytes(entry.file_view) for name, entry in index.items()}
+first, second = map(entries, sys.argv[1:])
+sys.exit(not all(first.get(name) == content for name, content in second.items()))
+"""
+
+
+class Iree(PythonRuntime):
+    def __init__(self, cpu: str = CPU) -> None:
+        super().__init__("iree", "IREE")
+        self.cpu = cpu
+
+    def for_chip(self, chip: str) -> Iree:
+        """For the CPU that LLVM calls so, such as `znver4` or `host`."""
+        return Iree(chip)
+
+    def fill(self, folder: Path, manifest: Manifest, say: Say) -> Manifest:
+        interpreter = python(self.name)
+        if interpreter is None:
+            raise StillgraphError(STAGE, missing(self.name), "run that command")
+        with TemporaryDirectory(dir=folder) as place:
+            # A weights file with more than one link is not read.
+            shutil.copyfile(folder / WEIGHTS_FILE, Path(place) / WEIGHTS_FILE)
+            for entry in manifest.graphs.values():
+                say(f"compiling {entry.shape.name}")
+                self._compile(Path(interpreter).parent, folder, Path(place), entry)
+        prefill, decode = manifest.graph("prefill"), manifest.graph("decode")
+        assert prefill is not None
+        assert decode is not None
+        shared, own = (f"{entry.shape.name}.irpa" for entry in (prefill, decode))
+        if not subprocess.run([interpreter, "-c", CONTAINS, shared, own], cwd=folder, check=False).returncode:
+            (folder / own).unlink()
+        return manifest
+
+    def _compile(self, tools: Path, folder: Path, place: Path, entry: GraphEntry) -> None:
+        """Write NAME.mlir, NAME.irpa and NAME.vmfb beside a graph. place: to work in, with the weights.
+
+        Raises StillgraphError.
+        """
+        source, weights, module = (f"{entry.shape.name}.{ending}" for ending in ("mlir", "irpa", "vmfb"))
+        shutil.copyfile(folder / entry.file.path, place / entry.file.path)
+        model = ir.load(place / entry.file.path)
+        widen_blocks(model.graph)
+        common.RemoveUnusedNodesPass()(model)
+        ir.save(model, place / PLAIN, external_data="plain.data")
+        cpu = f"--iree-llvmcpu-target-cpu={self.cpu}"
+        for command in (
+            ["iree-import-onnx", PLAIN, "-o", source, *IMPORT, "--save-params-to", weights],
+            ["iree-compile", source, "-o", module, *TARGET, cpu],
+        ):
+            _run([tools / command[0], *command[1:]], place, entry)
+        for made in (source, weights, module):
+            (place / made).replace(folder / made)
+
+
+RUNTIME = Iree()
+
+
+def _run(command: Sequence[str | Path], place: Path, entry: GraphEntry) -> None:
+    done = subprocess.run(command, cwd=place, env=variables(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line.lower()), "it says nothing")
+        problem = f"{Path(command[0]).name} did not take {entry.file.path} ({said.strip():.300})"
+        raise StillgraphError(STAGE, problem, "ship another precision, or report this with IREE's version")
