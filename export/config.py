@@ -232,4 +232,4 @@ def check_fits_bundle(
 
 def _asked(quantization: Quantization | None) -> Quantization | None:
     """What an export was asked for, without what was measured."""
-    return quantization and quantization.model_copy(update={"better": {}})
+    return quantization and quantization.model_copy(update={"better": {}, "blocked": ()})

@@ -126,16 +126,19 @@ class Quantization(Frozen):
 
     symmetric: no zero points; keep: patterns of weight names and the precision those are kept at instead;
     fast_prefill: there is a second prefill graph of int8 activations, with weights of its own: int8, one
-    scale an output channel. calibration: what four bits were rounded for, `samples` of the model's own or the
-    SHA-256 of a text; budget: bits a weight of the layers, or kl: nats that their four bits may cost; better:
-    as keep, what is measured to be worth it. refine: how many tokens get a score of eight bits, those that
-    score best by the upper four bits of a head; 0 for all. A head of under 16 times as many has one product.
+    scale an output channel; blocked: those that it, too, reads in blocks, since one scale a token would round
+    their inputs too coarsely. calibration: what four bits were rounded for, `samples` of the model's own or
+    the SHA-256 of a text; budget: bits a weight of the layers, or kl: nats that their four bits may cost;
+    better: as keep, what is measured to be worth it. refine: how many tokens get a score of eight bits, those
+    that score best by the upper four bits of a head; 0 for all. A head of under 16 times as many has one
+    product.
     """
 
     block_size: PositiveInt
     symmetric: bool = True
     keep: dict[str, Precision] = Field(default_factory=dict)
     fast_prefill: bool = False
+    blocked: tuple[str, ...] = ()
     calibration: str | None = None
     budget: float | None = None
     kl: float | None = None

@@ -11,20 +11,21 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import linear
 
 from stillgraph.exporter.bundle.tokenizer_files import TOKENIZER
-from stillgraph.exporter.calibration import SAMPLES
+from stillgraph.exporter.calibration import NONE, SAMPLES
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig, Say
 from stillgraph.exporter.ir.fold_weights import Weight
-from stillgraph.exporter.precisions import CALIBRATED
+from stillgraph.exporter.precisions import CALIBRATED, PRECISIONS, QUANTIZED
 from stillgraph.exporter.quantize.calibrate import Forms, calibrate, products
 from stillgraph.exporter.quantize.layouts import Part
 from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format
 from stillgraph.exporter.quantize.samples import own_texts
-from stillgraph.exporter.quantize.sensitivity import choose, sensitivity
+from stillgraph.exporter.quantize.sensitivity import Cost, choose, dearest, of_int8_rows, sensitivity
 from stillgraph.exporter.quantize.text import file_texts
 from stillgraph.manifest import Manifest, Precision, Quantization
 
@@ -40,16 +41,18 @@ SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text i
 def begin(
     config: ExportConfig, checkpoint: Checkpoint, former: Manifest | None, folder: Path, say: Say
 ) -> tuple[ExportConfig, Calibration | None]:
-    """The calibration that an export was asked for, if any, and the export with what the budget gives more
-    bits: as in the former bundle, which this one adds to, where there is one."""
-    how = config.quantization
-    if how is None or how.calibration is None:
+    """The calibration that an export was asked for, if any, and the export with what is measured to need more
+    than others: as in the former bundle, which this one adds to, where there is one."""
+    how, asked = config.quantization, former.quantization if former else None
+    if how is None or config.calibrate == NONE or not (how.calibration or how.fast_prefill):
         return config, None
     calibration = Calibration(config, checkpoint, how, folder, say)
     if how.mixed:
-        asked = former.quantization if former else None
         how = how.model_copy(update={"better": asked.better if asked else calibration.better()})
-    return config.model_copy(update={"quantization": how}), calibration
+    if how.fast_prefill:
+        blocked = asked.blocked if asked and asked.fast_prefill else calibration.blocked()
+        how = how.model_copy(update={"blocked": blocked})
+    return config.model_copy(update={"quantization": how}), calibration if how.calibration else None
 
 
 class Calibration:
@@ -83,10 +86,11 @@ class Calibration:
 
         All are rounded to four bits, for a part of the texts, and what that costs is measured.
         """
-        path = self._rounded.folder / "better.json"
-        if not path.is_file():
-            path.write_text(json.dumps(self._better()), encoding="utf-8")
-        return dict.fromkeys(json.loads(path.read_text(encoding="utf-8")), BETTER)
+        return dict.fromkeys(self._once("better", self._better), BETTER)
+
+    def blocked(self) -> tuple[str, ...]:
+        """Weights that a fast prefill multiplies with in blocks, as without it."""
+        return tuple(self._once("blocked", self._blocked))
 
     def round(self, weights: Iterable[Weight]) -> Rounded:
         """The weights of few bits among `weights` that belong to products of the decoder's layers."""
@@ -99,39 +103,68 @@ class Calibration:
         if any(rounded.get(name, form) is None for name, form in forms.items()):
             calibrate(self.checkpoint, forms, texts(), rounded, say)
 
+    def _once(self, name: str, measure: Callable[[], list[str]]) -> list[str]:
+        path = self._rounded.folder / f"{name}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(measure()), encoding="utf-8")
+        found: list[str] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def _blocked(self) -> list[str]:
+        def say(line: str) -> None:
+            self._say(f"measuring what the fast prefill may round: {line}")
+
+        costs = [
+            cost
+            for cost in sensitivity(self.checkpoint, of_int8_rows, self._part(MEASURED), say)
+            if self.plan.precision_of((cost.name,)) in QUANTIZED
+        ]
+        chosen = dearest(costs, PRECISIONS[self.config.precision].fast_kl)
+        numbers = sum(cost.numbers for cost in chosen)
+        nats = sum(cost.nats for cost in costs) - sum(cost.nats for cost in chosen)
+        line = f"{len(chosen)} of {len(costs)} products of the fast prefill stay in blocks, {numbers} numbers"
+        self._say(f"{line}, and the others cost {nats:.3f} nats")
+        return _names(chosen)
+
     def _better(self) -> list[str]:
         few, many = (self.plan.form(precision) for precision in (CALIBRATED, BETTER))
         names = {name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED}
-        ids, first = self.texts(), Rounded(self._rounded.folder / "measured")
+        first = Rounded(self._rounded.folder / "measured")
 
-        def part(tokens: int) -> Tensor:
-            return ids[: max(1, tokens // ids.shape[1])]
-
-        def stored(name: str) -> Tensor:
+        def added(name: str, x: Tensor, weight: Tensor) -> Tensor:
             found = first.get(name, few)
-            return self.checkpoint.tensor(name).to(torch.float32) if found is None else found.dequantize()
+            return linear(x, torch.zeros_like(weight) if found is None else found.dequantize() - weight)
 
         def say(line: str) -> None:
             self._say(f"measuring which weights matter: {line}")
 
-        self._calibrate(dict.fromkeys(names, few), lambda: part(ROUNDED), first, say)
-        costs = sensitivity(self.checkpoint, stored, part(MEASURED), say)
+        self._calibrate(dict.fromkeys(names, few), lambda: self._part(ROUNDED), first, say)
+        costs = sensitivity(self.checkpoint, added, self._part(MEASURED), say)
         costs, how = [cost for cost in costs if cost.name in names], self.quantization
         chosen, bits = choose(costs, few, many, how.budget, how.kl)
         nats = sum(cost.nats for cost in costs) - sum(cost.nats for cost in chosen)
         line = f"{len(chosen)} of {len(costs)} weights get eight bits: {bits:.2f} bits a weight in all, and "
         self._say(f"{line}{nats:.3f} nats that four bits cost")
-        return sorted(cost.name.removesuffix(".weight") for cost in chosen)
+        return _names(chosen)
+
+    def _part(self, tokens: int) -> Tensor:
+        ids = self.texts()
+        return ids[: max(1, tokens // ids.shape[1])]
 
     def _texts(self) -> Tensor:
         checkpoint, own = self.checkpoint, self.config.calibrate == SAMPLES
         widest = max(checkpoint.tensors[name].shape()[1] for name in products(checkpoint))
         length = min(SAMPLED if own else READ, checkpoint.spec.max_position_embeddings)
-        texts = -(-tokens_for(widest) // length)
+        tokens = tokens_for(widest) if self.quantization.calibration else MEASURED
+        texts = -(-tokens // length)
         if own:
             return own_texts(checkpoint, texts, length, self._say)
         tokenizer = Tokenizer.from_file(str(self._folder / TOKENIZER))
         return file_texts(Path(self.config.calibrate), tokenizer, texts, length)
+
+
+def _names(costs: list[Cost]) -> list[str]:
+    return sorted(cost.name.removesuffix(".weight") for cost in costs)
 
 
 def tokens_for(widest: int) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.bundle.calibration import MEASURED, ROUNDED, tokens_for
+from stillgraph.exporter.calibration import NONE
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig
 from stillgraph.exporter.few_bits import BUDGET, TABLES
@@ -69,6 +70,8 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
     if config.quantization is not None:
         if any(shape.int8_activations for shape in shapes):
             disk += sum(map(math.prod, matrices))
+            if config.calibrate != NONE:  # what its inputs' rounding costs: forth, back, and its own products
+                seconds += 8 * MEASURED * sum(map(math.prod, matrices)) / (EFFICIENCY * speed())
         if config.quantization.calibration is not None:
             disk += 1.1 * sum(map(math.prod, matrices))  # codes, a byte each, and scales
             widest = max(columns for _, columns in matrices)

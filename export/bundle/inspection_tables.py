@@ -60,6 +60,7 @@ def _form(quantization: Quantization | None) -> str:
     kept += f", {len(quantization.better)} weights at more bits" if quantization.better else ""
     kept += ", calibrated" if quantization.calibration else ""
     kept += ", a prefill with int8 weights of its own" if quantization.fast_prefill else ""
+    kept += f" but for {len(quantization.blocked)}" if quantization.blocked else ""
     return f" in {kind} blocks of {quantization.block_size}{kept}"
 
 

@@ -31,7 +31,8 @@ class StoragePlan:
     """How the weights of one graph are stored.
 
     fast: products of more than one token a row take int8 activations, one scale a token, and int8 weights,
-    one scale an output channel: about twice as fast, by weights that no other graph shares. tied: the tensor
+    one scale an output channel: about twice as fast, by weights that no other graph shares, but for those
+    that the quantization calls blocked. tied: the tensor
     that is embedding and head in one, of which a graph may have either. tower: tables, which are of
     positions, stay as they are.
     """
@@ -66,8 +67,12 @@ class StoragePlan:
 
     def alike(self, name: str, shape: GraphShape) -> Hashable:
         """Equal for weights of the decoder that are one product in a graph where they have one input."""
-        precision = self.precision_of((name,))
-        return (precision, name) if ".up_proj." in name and self.splits_mlp(shape) else precision
+        alone = name if ".up_proj." in name and self.splits_mlp(shape) else None
+        return self.precision_of((name,)), self.fast and self.is_blocked((name,)), alone
+
+    def is_blocked(self, sources: Iterable[str]) -> bool:
+        """Whether a fast graph, too, multiplies with these tensors of the checkpoint in blocks."""
+        return any(source.removesuffix(".weight") in self.quantization.blocked for source in sources)
 
     def precision_of(self, sources: Iterable[str], tied: bool = False) -> Precision:
         """What a weight made of these tensors of the checkpoint is stored in.
@@ -158,7 +163,7 @@ def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: StorageP
         result = refined_scores(builder, operand, matrix, plan.quantization.refine)
     elif not own_ops:
         result = ops.dequantized_product(builder, operand, matrix)
-    elif plan.fast and shape[-2] > 1:
+    elif plan.fast and shape[-2] > 1 and not plan.is_blocked(matrix.recipe.sources):
         channels = Matrix(matrix.recipe, Format.channel(matrix.columns))
         result = ops.int8_product(builder, operand, channels)
     else:

@@ -1,9 +1,10 @@
-"""What four bits cost each weight of a decoder, and which of them get eight.
+"""What rounding costs each product of a decoder, and which of them are given more for it.
 
-A weight W stored as W + D changes the output of its product at token t by D x_t. With g_t the gradient of the
-log-likelihood of a token drawn from the model itself, half the mean of (g_t D x_t)^2 is the divergence that
-this makes, to second order and with errors of tokens taken for independent (the Fisher matrix's quadratic
-form). One pass forward and one back, layer by layer, give it for every weight. Shapes: B texts of S tokens.
+A weight W stored as W + D changes the output of its product at token t by e_t = D x_t, and rounded inputs
+change it in the same place. With g_t the gradient of the log-likelihood of a token drawn from the model
+itself, half the mean of (g_t e_t)^2 is the divergence that this makes, to second order and with errors of
+tokens taken for independent (the Fisher matrix's quadratic form). One pass forward and one back, layer by
+layer, give it for every product. Shapes: B texts of S tokens, N rows and K columns of a weight.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.few_bits import block_bits
 from stillgraph.exporter.quantize.calibrate import layer_products
-from stillgraph.exporter.quantize.rounding import Format
+from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.exporter.streaming import empty, streamed
 
 GUESSES = 0  # seed of the tokens drawn from the model's odds
-Stored = Callable[[str], Tensor]  # the numbers [N, K] that a weight would have
+# What rounding adds to a product [B, S, N], of a weight's name, its inputs [B, S, K] and its numbers [N, K].
+Added = Callable[[str, Tensor, Tensor], Tensor]
+LARGEST = 127  # the code of a row's largest input
 TOKENS = 64  # whose logits are in memory at once
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of storing a weight as it was measured, in nats a token. numbers: how many it has."""
+    """Of rounding a product as it was measured, in nats a token. numbers: how many its weight has."""
 
     name: str
     numbers: int
@@ -39,8 +42,8 @@ class Cost:
     nats: float
 
 
-def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -> list[Cost]:
-    """What storing each weight of the decoder's layers so would cost. ids: int64 [B, S]."""
+def sensitivity(checkpoint: Checkpoint, added: Added, ids: Tensor, say: Say) -> list[Cost]:
+    """What it costs each product of the decoder's layers, by its weight's name. ids: int64 [B, S]."""
     model = checkpoint.build("sdpa")
     decoder, found = checkpoint.family.decoder(model), list[Cost]()
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
@@ -59,7 +62,7 @@ def sensitivity(checkpoint: Checkpoint, stored: Stored, ids: Tensor, say: Say) -
         names = layer_products(checkpoint, model)
         for index in reversed(range(len(names))):
             say(f"back to layer {index + 1} of {len(names)}")
-            costs, gradient = _back(calls.pop(), names[index], gradient, stored)
+            costs, gradient = _back(calls.pop(), names[index], gradient, added)
             found += costs
     return found
 
@@ -84,14 +87,14 @@ def _back(
     call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]],
     products: Mapping[str, nn.Linear],
     gradient: Tensor,
-    stored: Stored,
+    added: Added,
 ) -> tuple[list[Cost], Tensor]:
-    """What a layer's weights cost, and the gradient by its input. call: the layer, and what it is given."""
+    """What a layer's products cost, and the gradient by its input. call: the layer, and what it is given."""
     layer, inputs, options = call
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # output, and what rounding adds to it
 
     def keep(name: str, module: nn.Linear, x: Tensor, output: Tensor) -> None:
-        seen[name] = output, functional.linear(x.detach(), stored(name) - module.weight)
+        seen[name] = output, added(name, x.detach(), module.weight.detach())
 
     hooks = [
         module.register_forward_hook(lambda m, x, y, name=name: keep(name, m, x[0], y))
@@ -109,12 +112,19 @@ def _back(
             name,
             products[name].weight.numel(),
             products[name].weight.shape[1],
-            float((g * added).sum(-1).square().mean()) / 2,
+            float((g * error).sum(-1).square().mean()) / 2,
         )
-        for (name, (_, added)), g in zip(seen.items(), gradients, strict=True)
+        for (name, (_, error)), g in zip(seen.items(), gradients, strict=True)
     ]
     empty(layer)
     return costs, back
+
+
+def of_int8_rows(name: str, x: Tensor, weight: Tensor) -> Tensor:
+    """What `int8_product` adds: inputs in 8 bits, one scale a token, and weights, one a channel."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / LARGEST
+    rounded, stored = (x / scale).round_() * scale, quantize(weight, Format.channel(weight.shape[1]))
+    return functional.linear(rounded, stored.dequantize()) - functional.linear(x, weight)
 
 
 def bits_of(form: Format, columns: int) -> float:
@@ -146,3 +156,14 @@ def choose(
             taken, left = taken + more(cost), left - cost.nats
             chosen.append(cost)
     return chosen, taken / numbers
+
+
+def dearest(costs: list[Cost], kl: float) -> list[Cost]:
+    """Those without which the others cost no more than `kl` nats; by nats a number, which is by time."""
+    left, found = sum(cost.nats for cost in costs), list[Cost]()
+    for cost in sorted(costs, key=lambda cost: cost.nats / cost.numbers, reverse=True):
+        if left <= kl:
+            break
+        left -= cost.nats
+        found.append(cost)
+    return found

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.checkpoint import open_checkpoint
-from stillgraph.exporter.config import decode_shape, request
+from stillgraph.exporter.config import decode_shape, prefill_shape, request
+from stillgraph.exporter.precisions import PRECISIONS
 from stillgraph.exporter.validate.fake_quantize import stored_as
 from stillgraph.exporter.validate.shipped import Shipped
 from stillgraph.exporter.validate.validate import validate
 from stillgraph.manifest import read
 
 CTX = 24
+FAST_KL = 5e-5  # nats; all 14 products of a tiny model cost more
 FORM = {"block_size": 32, "budget": 7.5}  # rows of 48 fill up two blocks, at 6.8 bits a weight
 
 
@@ -96,3 +100,35 @@ def test_a_graph_added_later_finds_what_the_budget_gave(
     assert read(place).quantization == before.quantization
     assert read(place).weights == before.weights
     assert not [line for line in said if "calibrat" in line or "measuring" in line]
+
+
+def test_a_fast_prefill_leaves_in_blocks_what_it_would_round_too_coarsely(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRECISIONS, "int8", replace(PRECISIONS["int8"], fast_kl=FAST_KL))
+    values = {"model": str(tiny_checkpoint()), "target": "onnxruntime", "precision": "int8", "batch": 1}
+    how = {"block_size": 32, "fast_prefill": True, "calibrate": "samples"}
+    config = request(**values, **how, out=tmp_path / "bundle")
+    shapes = [prefill_shape(config, 8, CTX), decode_shape(config, CTX)]
+    export(config, shapes, replace=True, say=quietly)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"], "what the measuring left is gone"
+    manifest = read(config.place)
+    quantization = manifest.quantization
+    assert quantization is not None
+    assert 3 < len(quantization.blocked) < 14 - 3
+    graph = onnx.load(config.place / "prefill-8-int8.onnx", load_external_data=False).graph
+    read_by = {
+        op: {
+            source.removesuffix(".weight")
+            for node in graph.node
+            if node.op_type == op
+            for source in manifest.weights.tensors[node.input[1]].sources
+        }
+        for op in ("MatMulNBits", "MatMulIntegerToFloat")
+    }
+    assert read_by["MatMulNBits"] == {*quantization.blocked, "model.embed_tokens"}, "the head has one token"
+    assert len(read_by["MatMulIntegerToFloat"]) == 14 - len(quantization.blocked)
+    parity = validate(config.place, depth="default", say=quietly)
+    assert parity.passed
+    export(config, shapes[:1], replace=False, say=quietly)
+    assert read(config.place).quantization == quantization

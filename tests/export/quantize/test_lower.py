@@ -22,6 +22,7 @@ from stillgraph.exporter.quantize import layouts
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Precision, Quantization, Target, Weights
+from stillgraph.spec import GraphShape
 
 pytestmark = pytest.mark.kernels
 V, N, K = 7, 5, 80  # entries, rows of weights, columns: odd, odd, and not a multiple of a block
@@ -265,6 +266,28 @@ def test_a_fast_graph_multiplies_int8_with_int8(precision: Precision, tmp_path: 
     for output, name in (("y", "W"), ("logits", "embed.weight")):
         weight = quantize(case.matrix(name), Format.channel(K)).dequantize().numpy()
         assert_product(got[output], got["rows"], weight, K)
+
+
+def test_a_fast_graph_keeps_what_is_to_stay_in_blocks(tmp_path: Path) -> None:
+    case, how = Case(), plan("onnxruntime", "int8", fast=True, blocked=("kk",))
+    path, stored = lowered(case, how, tmp_path)
+    assert (ops(path)["MatMulNBits"], ops(path)["MatMulIntegerToFloat"]) == (1, 1)
+    assert stored.tensors["q+kk.weight.int8.packed"].layout == "packed"
+    assert "q+kk.weight.int8.channels" not in stored.tensors
+    got = run(path, case.ids())
+    assert_product(
+        got["y"], got["rows"], quantize(case.matrix("W"), how.form("int8")).dequantize().numpy(), K
+    )
+
+
+def test_weights_in_blocks_and_others_are_products_of_their_own() -> None:
+    shape = GraphShape(role="prefill", max_len=8, ctx=16, slack=8)
+    how = {"block_size": 32, "blocked": ("layers.0.v_proj",)}
+    names = [f"layers.0.{name}_proj.weight" for name in "qkv"]
+    for fast, kinds in ((True, 2), (False, 1)):
+        made = StoragePlan("onnxruntime", "int8", Quantization(**how), fast)
+        assert len({made.alike(name, shape) for name in names}) == kinds
+        assert made.alike(names[0], shape) == made.alike(names[1], shape)
 
 
 def test_a_fast_graph_keeps_products_of_one_token(tmp_path: Path) -> None:
