@@ -20,7 +20,8 @@ def ship(
         Path | None, typer.Option(help="The shipped folder.", show_default="<bundle>-<runtime>")
     ] = None,
     soc: Annotated[
-        str | None, typer.Option(help="The system on a chip, with --for qnn.", show_default="sm8650")
+        str | None,
+        typer.Option(help="The chip of --for qnn, or CPU of --for iree.", show_default="sm8650, x86-64-v3"),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of a table.")] = False,

@@ -87,7 +87,7 @@ class Iree(PythonRuntime):
             ["iree-import-onnx", PLAIN, "-o", source, *IMPORT, "--save-params-to", weights],
             ["iree-compile", source, "-o", module, *TARGET, cpu],
         ):
-            _run([tools / command[0], *command[1:]], place, entry)
+            _run([tools / command[0], *command[1:]], place, f"{entry.file.path} for the CPU {self.cpu}")
         for made in (source, weights, module):
             (place / made).replace(folder / made)
 
@@ -95,9 +95,11 @@ class Iree(PythonRuntime):
 RUNTIME = Iree()
 
 
-def _run(command: Sequence[str | Path], place: Path, entry: GraphEntry) -> None:
+def _run(command: Sequence[str | Path], place: Path, what: str) -> None:
     done = subprocess.run(command, cwd=place, env=variables(), capture_output=True, text=True, check=False)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line.lower()), "it says nothing")
-        problem = f"{Path(command[0]).name} did not take {entry.file.path} ({said.strip():.300})"
-        raise StillgraphError(STAGE, problem, "ship another precision, or report this with IREE's version")
+        problem = f"{Path(command[0]).name} did not take {what} ({said.strip():.300})"
+        raise StillgraphError(
+            STAGE, problem, "name another --soc, ship another precision, or report this with IREE's version"
+        )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from stillgraph.cpu import available_cores
 from stillgraph.errors import StillgraphError
 from stillgraph.files import check_files
 from stillgraph.manifest import read
@@ -40,7 +41,7 @@ def serve(
         int, typer.Option(min=1, help="Requests computed at once, over one weights file.")
     ] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Default: every core this process may use.")
+        int | None, typer.Option(min=1, help="Of an engine. Default: its share of this process's cores.")
     ] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Of a request, in MB.")] = 16,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -101,6 +102,8 @@ def _application(
     from stillgraph.pool import Pool
     from stillgraph.serve.app import application
 
+    # A thread without a core of its own waits for one in every product.
+    threads = threads or max(1, available_cores() // engines)
     loaded = [load(bundle, threads=threads) for _ in range(engines)]
     pool, hosts = Pool(loaded, queue), [*map(_spelled, LOOPBACK)] if host in LOOPBACK else None
     return pool, application(pool, loaded[0], name or bundle.resolve().name, hosts, max_body << 20)

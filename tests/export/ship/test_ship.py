@@ -206,6 +206,16 @@ def test_triton_takes_each_config(proven: Path, tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "two").exists()
 
 
+def test_a_cpu_that_iree_does_not_know_is_told(
+    proven: Path, tmp_path: Path, refused: Callable[..., Any]
+) -> None:
+    if python("iree") is None:
+        pytest.skip(missing("iree"))
+    with refused("ship", "for the CPU nosuch", "--soc"):
+        ship(proven, runtimes()["iree"].for_chip("nosuch"), tmp_path / "out", silent)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_converter_nothing_is_written(
     proven: Path, tmp_path: Path, refused: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,9 +52,11 @@ class Served:
 
 
 @contextmanager
-def serving(engine: Engine, limit: int = 1000, most_bytes: int = 1 << 20) -> Iterator[Served]:
-    """A server of an engine; `tiny` is its name."""
-    with Pool([engine], limit) as pool:
+def serving(
+    engine: Engine, limit: int = 1000, most_bytes: int = 1 << 20, more: tuple[Engine, ...] = ()
+) -> Iterator[Served]:
+    """A server of an engine, and of more; `tiny` is its name."""
+    with Pool([engine, *more], limit) as pool:
         app = application(pool, engine, "tiny", ["127.0.0.1"], most_bytes)
         config = uvicorn.Config(app, port=0, http="h11", ws="none", log_level="error", backlog=2048)
         server = uvicorn.Server(config)

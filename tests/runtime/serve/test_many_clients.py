@@ -71,6 +71,33 @@ def test_a_full_queue_is_told_and_the_others_are_answered(tiny_bundle, engine) -
         assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "closed", "1")
 
 
+def test_two_engines_compute_at_once_and_a_third_request_waits(tiny_bundle, engine) -> None:
+    first, second = (load(tiny_bundle(), threads=1) for _ in range(2))
+    with serving(first, more=(second,)) as served:
+        gates = [Gate(each.graphs._decode) for each in (first, second)]
+        asked = [served.begin(TEXT, BASE | IDS | {"prompt": f"p{index}"}) for index in range(3)]
+        assert all(gate.entered.wait(PATIENCE) for gate in gates)
+        until(lambda: len(served.pool._waiting) == 1)
+        for gate in gates:
+            gate.opened.set()
+        for index, connection in enumerate(asked):
+            answer = json.loads(connection.getresponse().read())
+            expected = [step.token for step in engine.stream(f"p{index}", max_new_tokens=2)]
+            assert answer["choices"][0]["token_ids"] == expected
+
+
+def test_engines_share_the_cores(tiny_bundle, monkeypatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr("stillgraph.serve.command.available_cores", lambda: 6)
+    monkeypatch.setattr(
+        "stillgraph.loading.load", lambda bundle, threads: given.append(threads) or load(bundle, threads=1)
+    )
+    for engines, threads in ((1, None), (4, None), (8, None), (2, 5)):
+        pool, _ = _application(tiny_bundle(), "127.0.0.1", "tiny", 4, engines, threads, 1)
+        pool.close()
+    assert given == [6, *[1] * 4, *[1] * 8, *[5] * 2]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_vanishes_frees_the_engine(tiny_bundle, engine, stream) -> None:
     with serving(load(tiny_bundle(), threads=1)) as served:
