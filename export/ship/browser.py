@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -81,6 +82,12 @@ class Browser:
         if "exceptionDetails" in found:
             raise RuntimeError(str(found["exceptionDetails"])[:500])
         return found["result"].get("value")
+
+    def choose(self, selector: str, file: Path) -> None:
+        """Give a file to an input, as one who picks it."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
     def until(self, script: str, patience: float = PATIENCE) -> Any:
         """What an expression is once it is true. Raises RuntimeError where it does not come to be."""

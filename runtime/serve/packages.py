@@ -16,7 +16,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).with_name("page")
 # The driver in JavaScript, which runs in Node.js as well, and the page with all that it is made of.
-MODULES = ("stillgraph.js", "graphs.js", "text.js", "sampling.js", "golden.js")
+MODULES = ("stillgraph.js", "graphs.js", "text.js", "sampling.js", "pictures.js", "golden.js")
 PAGE_FILES = ("index.html", "page.css", "page.js", "worker.js", "sw.js", *MODULES)
 # What the page asks for of packages, and where npm puts it.
 FILES = {

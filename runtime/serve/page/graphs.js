@@ -9,7 +9,7 @@ export class Graphs {
   // ort: onnxruntime-web or -node; open(entry): the arguments of its InferenceSession.create; oneAtATime: hold
   // one graph in memory; inPlace: whether this ort writes to the outputs that it is given.
   constructor(ort, manifest, open, { oneAtATime = false, inPlace = false } = {}) {
-    Object.assign(this, { ort, manifest, open, oneAtATime, inPlace, sessions: new Map(), cached: [], cache: new Map() });
+    Object.assign(this, { ort, manifest, open, oneAtATime, inPlace, sessions: new Map(), cached: [], cache: new Map(), sees: false });
     const { decode } = (this.entries = entriesOf(manifest));
     this.ctx = decode.shape.ctx;
     this.stays = manifest.calling.prompt.continues && decode.shape.slack === null;
@@ -23,24 +23,58 @@ export class Graphs {
     }
   }
 
-  // Logits [V] after the prompt's last token. It goes on behind what the cache holds of it already.
-  async prefill(ids, signal, pause) {
+  // Features [T, hidden] of a picture's pixel values.
+  async look(values) {
+    const { vision } = this.entries, session = await this.session("vision");
+    const port = vision.inputs.find((each) => each.role === "pixels");
+    const found = await session.run({ [port.name]: new this.ort.Tensor(port.dtype, values, port.shape) });
+    return found[vision.outputs.find((each) => each.role === "image_features").name].data.slice();
+  }
+
+  // Logits [V] after the prompt's last token. It goes on behind what the cache holds of it already, where no picture
+  // is in it. features: of each picture that the prompt's image tokens stand for, in order.
+  async prefill(ids, features, signal, pause) {
     const { prefill } = this.entries, { chunk, continues } = this.manifest.calling.prompt;
     if (ids.length > (continues ? this.ctx : chunk)) {
       throw new Error(`The prompt has ${ids.length} tokens and the bundle takes ${continues ? this.ctx : chunk}; shorten it.`);
     }
-    const held = this.stays ? common(this.cached, ids) : 0;
+    const places = this.places(ids, features);
+    const held = this.stays && !this.sees && !features.length ? common(this.cached, ids) : 0;
+    this.sees = features.length > 0;
     if (held === 0) this.clear(continues ? prefill : null);
     let fed = (this.cached = this.cached.slice(0, held)), logits;
     while (fed.length < ids.length) {
       if (signal?.aborted) return null;
-      const piece = ids.slice(fed.length, fed.length + chunk);
+      const count = this.uncut(places, fed.length, Math.min(chunk, ids.length - fed.length));
+      const piece = ids.slice(fed.length, fed.length + count);
       this.cached = []; // right or empty, whatever ends the call
-      logits = await this.run("prefill", piece, fed.length);
+      logits = await this.run("prefill", piece, fed.length, places.slice(fed.length, fed.length + count));
       this.cached = fed = fed.concat(piece);
       await pause();
     }
     return logits;
+  }
+
+  // For each token the features' row that takes its place, and the number of its picture; or null.
+  places(ids, features) {
+    const { vision } = this.manifest.model, size = vision?.image_tokens;
+    const wanted = vision ? ids.filter((id) => id === vision.image_token).length / size : 0;
+    if (wanted !== features.length) {
+      throw new Error(`The prompt has room for ${wanted} pictures and ${features.length} are given; give as many.`);
+    }
+    let used = 0;
+    return ids.map((id) => {
+      if (!features.length || id !== vision.image_token) return null;
+      const picture = Math.floor(used / size), row = used++ % size, width = features[picture].length / size;
+      return { picture, row: features[picture].subarray(row * width, (row + 1) * width) };
+    });
+  }
+
+  // Tokens of a call that must not end within a picture.
+  uncut(places, start, count) {
+    const last = places[start + count - 1], next = places[start + count];
+    if (!this.manifest.calling.prompt.whole_images || !last || next?.picture !== last.picture) return count;
+    return places.findIndex((place) => place?.picture === last.picture) - start;
   }
 
   async decode(token) {
@@ -61,10 +95,11 @@ export class Graphs {
     this.sessions.clear();
   }
 
-  async run(name, tokens, past) {
+  async run(name, tokens, past, places = []) {
     const entry = this.entries[name], session = await this.session(name);
-    const feeds = entry.shape.embeds ? await this.embedded(tokens) : {};
-    const small = { token_ids: tokens, valid_length: [tokens.length], past_length: [past], picture_numbers: [] };
+    const feeds = entry.shape.embeds ? await this.embedded(tokens, places) : {};
+    const first = places.find(Boolean)?.picture, numbers = places.map((place) => (place ? 1 + place.picture - first : 0));
+    const small = { token_ids: tokens, valid_length: [tokens.length], past_length: [past], picture_numbers: numbers };
     for (const port of entry.inputs) {
       if (CACHE.has(port.role)) feeds[port.name] = this.cache.get(slot(port));
       else if (small[port.role]) feeds[port.name] = this.tensor(port, small[port.role], this.fill(port.role));
@@ -90,11 +125,12 @@ export class Graphs {
     return Object.fromEntries(entry.outputs.map((port) => [port.name, pasts.get(port.name) ?? null]));
   }
 
-  async embedded(tokens) {
+  async embedded(tokens, places) {
     const { embed, prefill } = this.entries, session = await this.session("embed");
     const port = embed.inputs.find((each) => each.role === "token_ids");
     const found = await session.run({ [port.name]: this.tensor(port, tokens, this.fill("token_ids")) });
     const output = embed.outputs.find((each) => each.role === "embeddings");
+    places.forEach((place, index) => place && found[output.name].data.set(place.row, index * place.row.length));
     return { [prefill.inputs.find((each) => each.role === "embeddings").name]: found[output.name] };
   }
 
@@ -134,7 +170,7 @@ export class Graphs {
 
 function entriesOf(manifest) {
   const of = (role) => Object.values(manifest.graphs).filter((graph) => graph.shape.role === role).at(0);
-  const entries = { prefill: of("prefill"), decode: of("decode") };
+  const entries = { prefill: of("prefill"), decode: of("decode"), ...(of("vision") && { vision: of("vision") }) };
   if (!entries.prefill || !entries.decode) throw new Error("The bundle has no prefill and decode; run 'stillgraph export bundle'.");
   if (entries.decode.shape.batch !== 1) throw new Error(`The bundle has ${entries.decode.shape.batch} rows and this driver takes 1; export it with --batch 1.`);
   return entries.prefill.shape.embeds ? { embed: of("embed"), ...entries } : entries;

@@ -2,7 +2,8 @@
 
 const at = (id) => document.getElementById(id);
 const [chat, form, prompt, send, again] = ["chat", "form", "prompt", "send", "again"].map(at);
-let worker, messages = [], answer = null, takesChats = true;
+const image = at("image");
+let worker, messages = [], files = [], answer = null, takesChats = true;
 
 async function start() {
   if (!globalThis.WebAssembly || !globalThis.Worker) return wrong("This browser has no WebAssembly; use a newer one.");
@@ -32,9 +33,10 @@ const HEARD = {
     if (done === null) at("bar").removeAttribute("value");
     else at("bar").value = done;
   },
-  ready({ model, threads, chats, memory }) {
+  ready({ model, threads, chats, sees, memory }) {
     at("loading").remove();
     takesChats = chats;
+    at("picture").hidden = !(sees && chats);
     at("model").textContent = document.title = model;
     at("threads").textContent = threads;
     if (!chats) add("note", "This bundle has no chat template: it continues each text on its own.");
@@ -59,7 +61,8 @@ const HEARD = {
   },
   // {message, fatal: whether nothing can be asked any more}
   error({ message, fatal }) {
-    messages.pop(); // what could not be answered
+    const { content } = messages.pop() ?? {}; // what could not be answered
+    if (Array.isArray(content)) files.pop();
     wrong(message);
     if (!fatal) idle();
   },
@@ -93,14 +96,22 @@ function idle() {
   document.body.dataset.state = "ready";
 }
 
-function ask(text) {
-  messages.push({ role: "user", content: text });
-  add("user", text);
+// file: of a picture that the text is about, or undefined.
+function ask(text, file) {
+  messages.push({ role: "user", content: file ? [{ type: "image" }, { type: "text", text: `\n${text}` }] : text });
+  const said = add("user", text);
+  if (file) {
+    files.push(file);
+    const shown = document.createElement("img");
+    shown.src = URL.createObjectURL(file);
+    shown.alt = file.name;
+    said.prepend(shown);
+  }
   answer = add("assistant", "");
   answer.classList.add("running");
   send.textContent = "Stop";
   document.body.dataset.state = "busy";
-  worker.postMessage(["ask", takesChats ? messages : text]);
+  worker.postMessage(["ask", { prompt: takesChats ? messages : text, files }]);
 }
 
 function stop() {
@@ -118,8 +129,22 @@ form.onsubmit = (event) => {
   if (answer) return stop();
   const text = prompt.value.trim();
   if (!text) return;
-  prompt.value = "";
-  ask(text);
+  const [file] = image.files;
+  prompt.value = image.value = "";
+  chosen();
+  ask(text, file);
+};
+
+// The button says which picture goes with the next message.
+function chosen() {
+  const [file] = image.files;
+  at("picture").classList.toggle("chosen", Boolean(file));
+  at("picture").title = file ? file.name : "Add a picture";
+}
+
+image.onchange = () => {
+  chosen();
+  prompt.focus();
 };
 
 prompt.onkeydown = (event) => {
@@ -131,6 +156,7 @@ prompt.onkeydown = (event) => {
 again.onclick = () => {
   if (answer) return;
   messages = [];
+  files = [];
   chat.replaceChildren();
   again.hidden = true;
 };

@@ -4,6 +4,7 @@
 //     for await (const step of engine.stream("Once upon a time", { maxNewTokens: 64 })) show(step.text);
 
 import { Graphs } from "./graphs.js";
+import { pixels } from "./pictures.js";
 import { sampler } from "./sampling.js";
 import { Stops, Stream, Text } from "./text.js";
 
@@ -40,6 +41,11 @@ export class Engine {
     Object.assign(this, { manifest, graphs, text, busy: false });
   }
 
+  // Whether it takes pictures.
+  get sees() {
+    return Boolean(this.graphs.entries.vision && this.manifest.calling.images);
+  }
+
   // prompt: a text, ids, or a chat of {role, content}.
   ids(prompt) {
     const ids = typeof prompt === "string" ? this.words().encode(prompt) : Array.from(prompt);
@@ -53,14 +59,17 @@ export class Engine {
   // Steps {token, text, logits, finishReason, elapsed}: finishReason is null but in the last, then "stop",
   // "length", "context" or "aborted"; elapsed is in ms since the request; logits [V] are the raw ones, valid until
   // the next step. Options: maxNewTokens, temperature, topK, topP, minP, repetitionPenalty, seed, stop, stopTokens,
-  // signal of an AbortController, and pause(), awaited between calls for others to have their turn.
-  async *stream(prompt, { maxNewTokens = 128, stop, stopTokens, signal, pause = async () => {}, ...sampling } = {}) {
+  // pictures {data: RGBA bytes, width, height} of the model's size, in the prompt's order, signal of an AbortController,
+  // and pause(), awaited between calls for others to have their turn.
+  async *stream(prompt, { maxNewTokens = 128, stop, stopTokens, pictures = [], signal, pause = async () => {}, ...sampling } = {}) {
     if (this.busy) throw new Error("Another request is running; finish or abort it first.");
     this.busy = true;
     try {
       const began = performance.now(), ids = this.ids(prompt), choose = sampler(sampling);
       const row = new Row(this.text, stop, stopTokens ?? this.manifest.calling.tokens.stop, maxNewTokens);
-      let logits = await this.graphs.prefill(ids, signal, pause);
+      const features = [];
+      for (const picture of pictures) features.push(await this.graphs.look(pixels(picture, this.manifest)));
+      let logits = await this.graphs.prefill(ids, features, signal, pause);
       while (logits !== null && !signal?.aborted) {
         const room = ids.length < this.graphs.ctx, token = choose(logits, ids);
         ids.push(token);

@@ -1,6 +1,7 @@
 // The bundle in a worker: fetched, loaded, and asked. Messages both ways are [kind, content].
 
 import { answers } from "./golden.js";
+import { frame } from "./pictures.js";
 import { checked, load } from "./stillgraph.js";
 
 const MOST = 1.9e9; // bytes of weights: a heap of WebAssembly has 4 GiB, and they are copied into it
@@ -43,15 +44,17 @@ const DOES = {
       open: (entry) => [files.get(entry.file.path), { executionProviders: ["wasm"], externalData }],
       progress: (name) => tell("progress", { state: `Preparing ${name}`, done: null }),
     });
-    tell("ready", { memory: memory(), model: manifest.source.id.split("/").at(-1), threads, chats: Boolean(engine.words().template) });
+    tell("ready", { memory: memory(), model: manifest.source.id.split("/").at(-1), threads, chats: Boolean(engine.words().template), sees: engine.sees });
     ready = true;
     await forget(manifest);
   },
 
-  async ask(prompt) {
+  // files: of the pictures that the prompt has, in its order.
+  async ask({ prompt, files }) {
     running = new AbortController();
     let first = null, count = 0, reason;
-    for await (const step of engine.stream(prompt, { maxNewTokens: 256, signal: running.signal, pause })) {
+    const pictures = await Promise.all(files.map(rgba));
+    for await (const step of engine.stream(prompt, { maxNewTokens: 256, pictures, signal: running.signal, pause })) {
       first ??= step.elapsed;
       const tpot = count ? (step.elapsed - first) / count : null;
       if (step.token !== null) count += 1;
@@ -65,7 +68,7 @@ const DOES = {
   stop: async () => running?.abort(),
 
   async golden() {
-    for await (const line of answers(engine, JSON.parse(await text("golden.json")))) tell("golden", line);
+    for await (const line of answers(engine, JSON.parse(await text("golden.json")), decode)) tell("golden", line);
     tell("golden", null);
   },
 };
@@ -79,8 +82,25 @@ onmessage = async ({ data: [kind, content] }) => {
   }
 };
 
-const used = ({ shape }) => ["prefill", "decode", "embed"].includes(shape.role) && !shape.int8_activations;
+const used = ({ shape }) => ["prefill", "decode", "embed", "vision"].includes(shape.role) && !shape.int8_activations;
+const decode = async (base64) => rgba(await (await fetch(`data:image/png;base64,${base64}`)).blob());
 const gigabytes = (bytes) => (bytes / 1e9).toFixed(1);
+
+// A file of a picture as RGBA bytes of the model's size. The browser resizes it, not quite as Pillow would.
+async function rgba(file) {
+  const { model: { vision: { width, height } }, calling: { images } } = engine.manifest;
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  } catch {
+    throw new Error(`${file.name ?? "The file"} is no picture that this browser can read; take a PNG or a JPEG.`);
+  }
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  const part = frame(bitmap.width, bitmap.height, images);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, part.x, part.y, part.width, part.height, 0, 0, width, height);
+  return context.getImageData(0, 0, width, height);
+}
 
 async function packages() {
   const names = ["ort.wasm.bundle.min.mjs", "tokenizers.mjs", "jinja.js"];

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from stillgraph.loading import load
 from stillgraph.sampling import Sampling
@@ -72,6 +73,73 @@ def test_tokens_and_text_are_the_engines(driver, engine, name) -> None:
     assert found["text"] == "".join(step.text for step in steps)
     assert found["finish_reason"] == steps[-1].finish_reason
     assert found["prompt_tokens"] == len(engine.ids(prompt))
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny_bundle):
+    return load(tiny_bundle(family="gemma3_vision"), threads=1)
+
+
+def picture(place: Path, width: int, height: int, seed: int = 0) -> Path:
+    """With holes that white shows through, as the engine has it of an image of Pillow."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), np.uint8)
+    Image.fromarray(pixels, "RGBA").save(place)
+    return place
+
+
+def test_pictures_are_seen_as_the_engine_sees_them(driver, seeing, tmp_path) -> None:
+    vision = seeing.manifest.model.vision
+    one, two = (picture(tmp_path / f"{n}.png", vision.width, vision.height, n) for n in range(2))
+    asked = [{"role": "user", "content": f"{vision.mark}\nhey"}]
+    expected = [step.token for step in seeing.stream(asked, images=[Image.open(one)], max_new_tokens=6)]
+    chat = ["--chat", "--prompt", "hey", "--image", one, "--max-new-tokens", 6]
+    assert generated(driver, seeing.bundle, *chat)["tokens"] == expected
+    marks = [vision.image_token] * vision.image_tokens
+    ids = [2, 9, *marks, 8, *marks, 30]
+    found = []
+    for images in ([one, two], [two, one]):  # a chunk is 16 tokens: each is in one of its own
+        opened = [Image.open(image) for image in images]
+        expected = [step.token for step in seeing.stream(ids, images=opened, max_new_tokens=6)]
+        given = [word for image in images for word in ("--image", image)]
+        words = ["--token-ids", ",".join(map(str, ids)), "--max-new-tokens", 6, *given]
+        assert generated(driver, seeing.bundle, *words)["tokens"] == expected
+        found.append(expected)
+    assert found[0] != found[1]
+
+
+def test_a_picture_that_does_not_fit_is_one_sentence(driver, seeing, tmp_path) -> None:
+    vision = seeing.manifest.model.vision
+    wide = picture(tmp_path / "wide.png", vision.width + 1, vision.height)
+    right = picture(tmp_path / "right.png", vision.width, vision.height)
+    ids = ",".join(map(str, [2, *[vision.image_token] * vision.image_tokens]))
+    for words, given in (
+        (
+            f"{vision.width + 1} x {vision.height} pixels and the model takes",
+            ("--prompt", "a", "--image", wide),
+        ),
+        ("room for 1 pictures and 0 are given", ("--token-ids", ids)),
+        ("room for 1 pictures and 2 are given", ("--token-ids", ids, "--image", right, "--image", right)),
+    ):
+        done = node("generate.mjs", "--bundle", seeing.bundle, *given, cwd=driver)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+FRAMES = [
+    ((640, 480), {"size": [24, 24], "crop": None}, [0, 0, 640, 480]),
+    ((640, 480), {"size": 24, "crop": [24, 24]}, [80, 0, 480, 480]),
+    ((480, 640), {"size": 30, "crop": [24, 24]}, [48, 128, 384, 384]),
+    ((640, 480), {"size": [24, 32], "crop": [12, 16]}, [160, 120, 320, 240]),
+]
+
+
+@pytest.mark.parametrize(("size", "steps", "expected"), FRAMES)
+def test_the_middle_is_cut_out_as_a_processor_does(tmp_path, size, steps, expected) -> None:
+    script = f"""import {{ frame }} from {json.dumps((PAGE / "pictures.js").as_uri())};
+console.log(JSON.stringify(Object.values(frame({size[0]}, {size[1]}, {json.dumps(steps)}))));"""
+    (tmp_path / "frame.mjs").write_text(script)
+    assert json.loads(node("frame.mjs", cwd=tmp_path).stdout) == pytest.approx(expected)
 
 
 def test_a_stop_text_ends_it(driver, engine) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from stillgraph.exporter.ship.browser import Browser, chromium
 from stillgraph.exporter.ship.check import answer_of
@@ -62,6 +64,32 @@ def test_golden_then_a_stop_then_no_server(browser, bundle) -> None:
     assert whole.startswith(stopped)
     assert len(stopped) < len(whole)
     assert "ms" in browser.value("document.getElementById('ttft').textContent")
+
+
+def test_a_picture_goes_with_a_message(browser, tiny_bundle, tmp_path) -> None:
+    """It has the model's size, so that the browser resizes nothing; what is no picture is told."""
+    bundle = tiny_bundle(family="gemma3_vision")
+    own = load(bundle, threads=1)
+    vision = own.manifest.model.vision
+    pixels = np.random.default_rng(0).integers(0, 256, (vision.height, vision.width, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    (tmp_path / "none.png").write_text("no picture")
+    asked = [{"role": "user", "content": f"{vision.mark}\nhey"}]
+    steps = own.stream(asked, images=[tmp_path / "one.png"], max_new_tokens=256)
+    expected = "".join(step.text for step in steps)
+    with serving(load(bundle, threads=1)) as server:
+        browser.open(server.url)
+        assert browser.until(STATE) == "ready"
+        assert not browser.value("document.getElementById('picture').hidden")
+        browser.choose("#image", tmp_path / "none.png")
+        browser.value(ASK)
+        browser.until("document.querySelector('.wrong') !== null")
+        assert "none.png is no picture" in browser.value("document.querySelector('.wrong').textContent")
+        browser.choose("#image", tmp_path / "one.png")
+        browser.value(ASK)
+        browser.until(f"{STATE} === 'ready' && document.querySelector('.assistant') !== null")
+        assert browser.value("document.querySelector('.assistant').textContent") == expected
+        assert browser.value("document.querySelectorAll('.user img').length") == 2
 
 
 def test_what_does_not_fit_is_told_with_its_size(browser, bundle, tmp_path) -> None:

@@ -21,7 +21,7 @@ const OPTIONS = {
   "max-new-tokens": { type: "string", default: "128" }, temperature: { type: "string", default: "0" },
   "top-k": { type: "string" }, "top-p": { type: "string" }, "min-p": { type: "string" },
   "repetition-penalty": { type: "string" }, seed: { type: "string" }, stop: { type: "string", multiple: true },
-  json: { type: "boolean" }, threads: { type: "string" },
+  image: { type: "string", multiple: true }, json: { type: "boolean" }, threads: { type: "string" },
 };
 const number = (value) => (value === undefined ? undefined : Number(value));
 const peak = () => (process.resourceUsage().maxRSS * 1024) / 1e6; // MB; Node.js gives KiB on every system
@@ -29,7 +29,7 @@ const peak = () => (process.resourceUsage().maxRSS * 1024) / 1e6; // MB; Node.js
 async function main() {
   const { values: given } = parseArgs({ options: OPTIONS });
   const path = (name) => join(given.bundle, name), began = performance.now();
-  const [ort, tokenizers, jinja] = packages(given.packages);
+  const [ort, tokenizers, jinja, { PNG }] = packages(given.packages);
   const session = { executionProviders: ["cpu"], intraOpNumThreads: number(given.threads) ?? 0 };
   const engine = await load({
     ort, tokenizers, jinja, inPlace: true,
@@ -37,31 +37,41 @@ async function main() {
     open: async (entry) => [path(entry.file.path), session],
   });
   const loadMs = performance.now() - began;
-  if (given.golden) return prove(engine, given.golden, { load_ms: loadMs, versions: ort.env.versions });
+  const decode = (base64) => PNG.sync.read(Buffer.from(base64, "base64"));
+  if (given.golden) return prove(engine, given.golden, decode, { load_ms: loadMs, versions: ort.env.versions });
   const ids = given["token-ids"]?.split(",").map(Number);
   if ((ids === undefined) === (given.prompt === undefined)) throw new Error("Give one of --prompt and --token-ids.");
-  await write(engine, ids ?? (given.chat ? [{ role: "user", content: given.prompt }] : given.prompt), given, loadMs);
+  const pictures = (given.image ?? []).map((image) => decode(readFileSync(image).toString("base64")));
+  await write(engine, ids ?? asked(engine, given), { ...given, pictures }, loadMs);
 }
 
-// onnxruntime-node and the two of @huggingface, from a folder's node_modules.
+// A text, or a chat of one message; pictures come first, a line each.
+function asked(engine, { prompt, chat, image = [] }) {
+  if (!chat) return `${engine.manifest.model.vision?.mark}\n`.repeat(image.length) + prompt;
+  if (!image.length) return [{ role: "user", content: prompt }];
+  const others = image.slice(1).flatMap(() => [{ type: "image" }, { type: "text", text: "\n" }]);
+  return [{ role: "user", content: [...others, { type: "image" }, { type: "text", text: `\n${prompt}` }] }];
+}
+
+// onnxruntime-node, the two of @huggingface and pngjs, from a folder's node_modules.
 function packages(folder) {
   const require = createRequire(join(resolve(folder), "package.json"));
   try {
-    return ["onnxruntime-node", "@huggingface/tokenizers", "@huggingface/jinja"].map((name) => require(name));
+    return ["onnxruntime-node", "@huggingface/tokenizers", "@huggingface/jinja", "pngjs"].map((name) => require(name));
   } catch (error) {
     throw new Error(`${error.message.split("\n")[0]}; run 'npm ci --ignore-scripts' in ${folder}.`);
   }
 }
 
-async function prove(engine, path, told) {
+async function prove(engine, path, decode, told) {
   const golden = JSON.parse(readFileSync(path, "utf8"));
-  for await (const found of answers(engine, golden)) console.log(JSON.stringify({ ...found, ...told, peak_rss_mb: peak() }));
+  for await (const found of answers(engine, golden, decode)) console.log(JSON.stringify({ ...found, ...told, peak_rss_mb: peak() }));
 }
 
 async function write(engine, prompt, given, loadMs) {
   const options = {
     maxNewTokens: number(given["max-new-tokens"]), temperature: number(given.temperature), topK: number(given["top-k"]),
-    topP: number(given["top-p"]), minP: number(given["min-p"]), seed: number(given.seed), stop: given.stop,
+    topP: number(given["top-p"]), minP: number(given["min-p"]), seed: number(given.seed), stop: given.stop, pictures: given.pictures,
     repetitionPenalty: number(given["repetition-penalty"]),
   };
   const steps = [];
