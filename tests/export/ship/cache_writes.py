@@ -1,6 +1,6 @@
 """What a token takes in each runtime where a decode writes it by ScatterElements, and where by Where.
 
-    python -m tests.export.ship.cache_writes BUNDLE FOLDER [--turns N]
+    python -m tests.export.ship.cache_writes BUNDLE FOLDER [--turns N] [--for NAME ...]
 
 ships a portable bundle into the folder for every runtime in both forms, runs golden.json through both by
 turns and prints a table of medians. A form whose texts are not PyTorch's says so.
@@ -64,10 +64,12 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--for", dest="names", nargs="+", choices=sorted(runtimes()), default=None)
     args = parser.parse_args()
     lines = [HEAD, ["---"] * len(HEAD)]
-    for name, runtime in sorted(runtimes().items()):
+    for name in args.names or sorted(runtimes()):
         _say(name)
+        runtime = runtimes()[name]
         if found := row(args.bundle, args.folder, runtime, args.turns):
             lines.append(found)
     print(f"{datetime.datetime.now(datetime.UTC).date()}, {cpu_name()}.\n")
