@@ -39,30 +39,36 @@ def pss_mb(process: int | str = "self") -> float | None:
 
     None where the process has ended or the system has no /proc.
     """
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * KIB for line in lines if line.startswith("Pss:")), None)
+    return _line(f"/proc/{process}/smaps_rollup", "Pss:")
 
 
 def rss_mb() -> float | None:
     """Resident set size now. None where the system has no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * KIB for line in lines if line.startswith("VmRSS:")), None)
+    return _line("/proc/self/status", "VmRSS:")
 
 
 def peak_rss_mb() -> float | None:
-    """The largest resident set size of the process so far, from getrusage. None on Windows."""
+    """The largest resident set size of the process so far. None on Windows.
+
+    On Linux not getrusage's, with which a process begins at the peak of the one that started it.
+    """
     if sys.platform == "win32":
         return None
+    if (peak := _line("/proc/self/status", "VmHWM:")) is not None:
+        return peak
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MB if sys.platform == "darwin" else peak * KIB
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found / MB if sys.platform == "darwin" else found * KIB
+
+
+def _line(path: str, name: str) -> float | None:
+    """A line of a file of /proc in KiB, as MB."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * KIB for line in lines if line.startswith(name)), None)
 
 
 class PeakPss:

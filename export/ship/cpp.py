@@ -19,6 +19,7 @@ from pathlib import Path
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.ship import environments
 from stillgraph.exporter.ship.runtimes import DRIVERS, STAGE, Runtime
+from stillgraph.exporter.targets import CacheWrite
 from stillgraph.serve.packages import place
 
 SOURCES = DRIVERS / "cpp"
@@ -38,6 +39,7 @@ class Cpp(Runtime):
     """A program that reads manifest.json alone."""
 
     name, title, sources = "c++", "OpenVINO in C++", ("cpp",)
+    cache_write: CacheWrite = "Where"  # twice as fast there
 
     def command(self, folder: Path) -> Sequence[str] | str:
         return self.missing() or [str(self.program()), "."]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stillgraph.exporter.ship import environments
 from stillgraph.exporter.ship.cpp import Cpp, Library, output
+from stillgraph.exporter.targets import CacheWrite
 from stillgraph.serve.packages import place
 
 HEADER, PACKAGE = "onnxruntime_cxx_api.h", "libonnxruntime-dev"
@@ -27,6 +28,7 @@ class OnnxRuntimeCpp(Cpp):
     """The same program over another library."""
 
     name, title, targets = "c++-ort", "ONNX Runtime in C++", ("portable", "onnxruntime")
+    cache_write: CacheWrite = "ScatterElements"
 
     def lacking(self) -> str | None:
         if environments.python("ort") is None:

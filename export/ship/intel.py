@@ -3,5 +3,11 @@
 from __future__ import annotations
 
 from stillgraph.exporter.ship.python_runtime import PythonRuntime
+from stillgraph.exporter.targets import CacheWrite
 
-RUNTIME = PythonRuntime("openvino", "OpenVINO")
+
+class OpenVino(PythonRuntime):
+    cache_write: CacheWrite = "Where"  # twice as fast there
+
+
+RUNTIME = OpenVino("openvino", "OpenVINO")

@@ -86,3 +86,17 @@ assert before + 57 < peak.mb < before + 77, (before, peak.mb)
 assert pss_mb() < peak.mb - 57, (pss_mb(), peak.mb)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.skipif(rss_mb() is None, reason="needs /proc")
+def test_a_peak_is_not_that_of_the_process_before() -> None:
+    """Which getrusage's is: what a process had before it became this one counts there."""
+    script = """
+import os, sys
+import numpy as np
+ballast = np.ones(200 * 2**20, np.uint8)
+told = "from stillgraph.metrics import peak_rss_mb; print(peak_rss_mb())"
+os.execv(sys.executable, [sys.executable, "-c", told])
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert 5 < float(done.stdout) < 150

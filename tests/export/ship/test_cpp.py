@@ -48,6 +48,11 @@ def growing(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return proven_copy(bundle, tmp_path_factory.mktemp("cpp") / "growing")
 
 
+@pytest.fixture(scope="module")
+def quantized(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return proven_copy(tiny_bundle(precision="int8"), tmp_path_factory.mktemp("cpp") / "int8")
+
+
 def run(program: Path, *arguments: str, unload: str = "0") -> list[dict[str, Any]]:
     """The lines of JSON that the program prints."""
     environment = {**os.environ, UNLOAD: unload}
@@ -64,16 +69,20 @@ def compared(program: Path, bundle: Path, unload: str = "0") -> list[Compared]:
     return [compare(case, answer_of(line), golden.tolerance) for case, line in pairs]
 
 
-@pytest.mark.parametrize(("job", "unload"), [("growing", "0"), ("seeing", "1")])
+@pytest.mark.parametrize(("job", "unload"), [("growing", "0"), ("seeing", "1"), ("quantized", "0")])
 def test_tokens_and_logits_are_those_of_pytorch(
     program: Path, job: str, unload: str, request: pytest.FixtureRequest
 ) -> None:
+    if job == "quantized" and not program.name.startswith("c++-ort"):
+        pytest.skip("OpenVINO takes no rows that end within a block, as those of a tiny model do")
     bundle: Path = request.getfixturevalue(job)
     golden = read(bundle)
     found = compared(program, bundle, unload)
     assert not [problem for one in found for problem in one.problems]
-    assert [one.equal for one in found] == [len(case.tokens) for case in golden.cases]
-    assert all(one.steps == len(case.logits) for one, case in zip(found, golden.cases, strict=True))
+    for one, case in zip(found, golden.cases, strict=True):
+        if one.near_tie is None:  # behind one, a text may go on in two ways
+            assert (one.equal, one.steps) == (len(case.tokens), len(case.logits))
+    assert sum(one.near_tie is None for one in found) >= (4 if job == "quantized" else len(found))
     assert (job == "seeing") == any(case.picture_png for case in golden.cases)
 
 

@@ -5,31 +5,28 @@
 #include <fstream>
 #include <string>
 
-#include <sys/resource.h>
-
 namespace stillgraph {
 
 constexpr double KIB = 1024 / 1e6;
 
-// The largest resident set size so far.
-inline double peak_rss_mb() {
-    rusage usage{};
-    getrusage(RUSAGE_SELF, &usage);
-    return static_cast<double>(usage.ru_maxrss) * KIB;
-}
-
-// The proportional set size now: a page that several processes map is divided among them. It walks every page,
-// so it is read at moments that matter and never between two tokens.
-inline double pss_mb() {
-    std::ifstream stream("/proc/self/smaps_rollup");
+// A line of a file of /proc in KiB, as MB; 0 without.
+inline double line_of(const char* path, const char* name) {
+    std::ifstream stream(path);
     for (std::string word; stream >> word;) {
-        if (word != "Pss:") continue;
+        if (word != name) continue;
         double kib = 0;
         stream >> kib;
         return kib * KIB;
     }
     return 0;
 }
+
+// The largest resident set size so far. Not getrusage's: a process begins with the peak of the one that started it.
+inline double peak_rss_mb() { return line_of("/proc/self/status", "VmHWM:"); }
+
+// The proportional set size now: a page that several processes map is divided among them. It walks every page,
+// so it is read at moments that matter and never between two tokens.
+inline double pss_mb() { return line_of("/proc/self/smaps_rollup", "Pss:"); }
 
 class PeakPss {
 public:

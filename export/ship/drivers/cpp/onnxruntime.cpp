@@ -30,8 +30,7 @@ Ort::SessionOptions session_options(const GraphEntry& entry, const Opening& open
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(opening.threads);
     options.SetInterOpNumThreads(1);
-    // Sums of bytes that are exact on CPUs without VNNI too.
-    options.AddConfigEntry("session.x64quantprecision", "1");
+    options.AddConfigEntry("mlas.disable_kleidiai", "1");  // on Arm, whose kernels round sums of few bits
     // Weights of fp32 stay mapped from the file, which all graphs share; those of few bits have no other fast kernels.
     if (opening.precision == "fp32") options.AddConfigEntry("session.disable_prepacking", "1");
     if (entry.role != "decode") {
