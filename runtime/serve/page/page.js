@@ -5,8 +5,12 @@ const [chat, form, prompt, send, again] = ["chat", "form", "prompt", "send", "ag
 const image = at("image");
 let worker, messages = [], files = [], answer = null, takesChats = true;
 
+// A module whose only function is (result v128) i32.const 0, i8x16.splat, i8x16.popcnt.
+const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
+
 async function start() {
   if (!globalThis.WebAssembly || !globalThis.Worker) return wrong("This browser has no WebAssembly; use a newer one.");
+  if (!WebAssembly.validate(Uint8Array.from(SIMD))) return wrong("WebAssembly has no SIMD in this browser or on this CPU; use a newer one.");
   await offline();
   worker = new Worker("worker.js", { type: "module" });
   worker.onerror = (event) => wrong(`The page's worker did not start (${event.message || "a file is missing"}).`);

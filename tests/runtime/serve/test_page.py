@@ -104,6 +104,15 @@ def test_what_does_not_fit_is_told_with_its_size(browser, bundle, tmp_path) -> N
         assert browser.value("document.getElementById('send').disabled")
 
 
+def test_without_simd_the_page_says_so(browser, bundle) -> None:
+    """V8 has none on a CPU without SSE 4.1, and can be told that it has one."""
+    with serving(load(bundle, threads=1)) as server, Browser("--js-flags=--no-enable-sse4-1") as old:
+        old.open(server.url)
+        assert old.until(STATE) == "wrong"
+        assert "WebAssembly has no SIMD" in old.value("document.body.innerText")
+        assert old.value("document.getElementById('send').disabled")
+
+
 def test_without_its_packages_the_page_says_how_to_get_them(browser, bundle, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("STILLGRAPH_ENVIRONMENTS", str(tmp_path))
     with serving(load(bundle, threads=1)) as server:
