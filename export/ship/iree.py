@@ -9,19 +9,16 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.config import Say
-from stillgraph.exporter.ship.environments import missing, python, variables
-from stillgraph.exporter.ship.python_runtime import PythonRuntime
+from stillgraph.exporter.ship.environments import variables
+from stillgraph.exporter.ship.python_runtime import ConvertedRuntime
 from stillgraph.exporter.ship.runtimes import STAGE
 from stillgraph.exporter.ship.widened import widen_blocks
-from stillgraph.exporter.weights import WEIGHTS_FILE
-from stillgraph.manifest import GraphEntry, Manifest
+from stillgraph.manifest import GraphEntry
 
 CPU = "x86-64-v3"  # with AVX2; NAME.mlir is there to be compiled for another
 SCOPE = "weights"  # what the modules call the file of parameters
@@ -44,7 +41,7 @@ sys.exit(not all(first.get(name) == content for name, content in second.items())
 """
 
 
-class Iree(PythonRuntime):
+class Iree(ConvertedRuntime):
     def __init__(self, cpu: str = CPU) -> None:
         super().__init__("iree", "IREE")
         self.cpu = cpu
@@ -53,29 +50,13 @@ class Iree(PythonRuntime):
         """For the CPU that LLVM calls so, such as `znver4` or `host`."""
         return Iree(chip)
 
-    def fill(self, folder: Path, manifest: Manifest, say: Say) -> Manifest:
-        interpreter = python(self.name)
-        if interpreter is None:
-            raise StillgraphError(STAGE, missing(self.name), "run that command")
-        with TemporaryDirectory(dir=folder) as place:
-            # A weights file with more than one link is not read.
-            shutil.copyfile(folder / WEIGHTS_FILE, Path(place) / WEIGHTS_FILE)
-            for entry in manifest.graphs.values():
-                say(f"compiling {entry.shape.name}")
-                self._compile(Path(interpreter).parent, folder, Path(place), entry)
-        prefill, decode = manifest.graph("prefill"), manifest.graph("decode")
-        assert prefill is not None
-        assert decode is not None
-        shared, own = (f"{entry.shape.name}.irpa" for entry in (prefill, decode))
+    def share_weights(self, interpreter: str, folder: Path, prefill: str, decode: str) -> None:
+        shared, own = f"{prefill}.irpa", f"{decode}.irpa"
         if not subprocess.run([interpreter, "-c", CONTAINS, shared, own], cwd=folder, check=False).returncode:
             (folder / own).unlink()
-        return manifest
 
-    def _compile(self, tools: Path, folder: Path, place: Path, entry: GraphEntry) -> None:
-        """Write NAME.mlir, NAME.irpa and NAME.vmfb beside a graph. place: to work in, with the weights.
-
-        Raises StillgraphError.
-        """
+    def convert(self, interpreter: str, folder: Path, place: Path, entry: GraphEntry) -> None:
+        """Write NAME.mlir, NAME.irpa and NAME.vmfb."""
         source, weights, module = (f"{entry.shape.name}.{ending}" for ending in ("mlir", "irpa", "vmfb"))
         shutil.copyfile(folder / entry.file.path, place / entry.file.path)
         model = ir.load(place / entry.file.path)
@@ -83,11 +64,12 @@ class Iree(PythonRuntime):
         common.RemoveUnusedNodesPass()(model)
         ir.save(model, place / PLAIN, external_data="plain.data")
         cpu = f"--iree-llvmcpu-target-cpu={self.cpu}"
-        for command in (
+        for tool, *words in (
             ["iree-import-onnx", PLAIN, "-o", source, *IMPORT, "--save-params-to", weights],
             ["iree-compile", source, "-o", module, *TARGET, cpu],
         ):
-            _run([tools / command[0], *command[1:]], place, f"{entry.file.path} for the CPU {self.cpu}")
+            what = f"{entry.file.path} for the CPU {self.cpu}"
+            _run([Path(interpreter).with_name(tool), *words], place, what)
         for made in (source, weights, module):
             (place / made).replace(folder / made)
 

@@ -12,20 +12,17 @@ import shutil
 import subprocess
 import uuid
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.config import Say
-from stillgraph.exporter.ship.environments import missing, python, variables
-from stillgraph.exporter.ship.python_runtime import PythonRuntime
+from stillgraph.exporter.ship.environments import variables
+from stillgraph.exporter.ship.python_runtime import ConvertedRuntime
 from stillgraph.exporter.ship.runtimes import STAGE
 from stillgraph.exporter.ship.widened import widen_blocks, widen_halves
 from stillgraph.exporter.targets import CacheWrite
-from stillgraph.exporter.weights import WEIGHTS_FILE
-from stillgraph.manifest import GraphEntry, Manifest
+from stillgraph.manifest import GraphEntry
 
 # Its own command would install a package that reports to its makers, into whatever Python it finds.
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
@@ -34,47 +31,35 @@ WEIGHTS = ".weight"
 UUID = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-class Mnn(PythonRuntime):
+class Mnn(ConvertedRuntime):
     cache_write: CacheWrite = "Where"
 
-    def fill(self, folder: Path, manifest: Manifest, say: Say) -> Manifest:
-        interpreter = python(self.name)
-        if interpreter is None:
-            raise StillgraphError(STAGE, missing(self.name), "run that command")
-        with TemporaryDirectory(dir=folder) as place:
-            # A weights file with more than one link is not read.
-            shutil.copyfile(folder / WEIGHTS_FILE, Path(place) / WEIGHTS_FILE)
-            for entry in manifest.graphs.values():
-                say(f"converting {entry.shape.name}")
-                _convert(interpreter, folder, Path(place), entry)
-        _share_weights(folder, manifest)
-        return manifest
+    def convert(self, interpreter: str, folder: Path, place: Path, entry: GraphEntry) -> None:
+        """Write NAME.mnn and NAME.mnn.weight."""
+        name = f"{entry.shape.name}.mnn"
+        shutil.copyfile(folder / entry.file.path, place / entry.file.path)
+        model = ir.load(place / entry.file.path)
+        widen_blocks(model.graph)
+        widen_halves(model.graph)
+        common.RemoveUnusedNodesPass()(model)
+        ir.save(model, place / "plain.onnx", external_data="plain.data")
+        said = _run(
+            [interpreter, "-c", CONVERT, "--modelFile", "plain.onnx", "--MNNModel", name, *OPTIONS], place
+        )
+        if not (place / name).is_file():
+            problem = f"MNN's converter did not take {entry.file.path} ({said:.300})"
+            raise StillgraphError(STAGE, problem, "ship another precision, or report this with MNN's version")
+        _name_by_content(place / name, entry.file.sha256)
+        for made in (name, f"{name}{WEIGHTS}"):
+            (place / made).replace(folder / made)
+
+    def share_weights(self, interpreter: str, folder: Path, prefill: str, decode: str) -> None:
+        shared, own = (folder / f"{name}.mnn{WEIGHTS}" for name in (prefill, decode))
+        if filecmp.cmp(shared, own, shallow=False):
+            own.unlink()
 
 
 RUNTIME = Mnn("mnn", "MNN")
-
-
-def _convert(interpreter: str, folder: Path, place: Path, entry: GraphEntry) -> None:
-    """Write NAME.mnn and NAME.mnn.weight beside a graph. place: a folder to work in, with the weights file.
-
-    Raises StillgraphError.
-    """
-    name = f"{entry.shape.name}.mnn"
-    shutil.copyfile(folder / entry.file.path, place / entry.file.path)
-    model = ir.load(place / entry.file.path)
-    widen_blocks(model.graph)
-    widen_halves(model.graph)
-    common.RemoveUnusedNodesPass()(model)
-    ir.save(model, place / "plain.onnx", external_data="plain.data")
-    said = _run(
-        [interpreter, "-c", CONVERT, "--modelFile", "plain.onnx", "--MNNModel", name, *OPTIONS], place
-    )
-    if not (place / name).is_file():
-        problem = f"MNN's converter did not take {entry.file.path} ({said:.300})"
-        raise StillgraphError(STAGE, problem, "ship another precision, or report this with MNN's version")
-    _name_by_content(place / name, entry.file.sha256)
-    for made in (name, f"{name}{WEIGHTS}"):
-        (place / made).replace(folder / made)
 
 
 def _name_by_content(path: Path, sha256: str) -> None:
@@ -86,14 +71,3 @@ def _run(command: list[str], place: Path) -> str:
     """The last line that it says."""
     done = subprocess.run(command, cwd=place, env=variables(), capture_output=True, text=True, check=False)
     return ((done.stderr + done.stdout).strip().splitlines() or ["it says nothing"])[-1]
-
-
-def _share_weights(folder: Path, manifest: Manifest) -> None:
-    """Remove the decode's file of weights where it is the prefill's."""
-    prefill, decode = (
-        folder / f"{entry.shape.name}.mnn{WEIGHTS}"
-        for entry in (manifest.graph("prefill"), manifest.graph("decode"))
-        if entry is not None
-    )
-    if filecmp.cmp(prefill, decode, shallow=False):
-        decode.unlink()

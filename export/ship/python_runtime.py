@@ -1,13 +1,19 @@
-"""A runtime that is driven from Python: `drivers/python` and a backend of its own."""
+"""Runtimes that are driven from Python: `drivers/python` and a backend of their own."""
 
 from __future__ import annotations
 
+import shutil
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from stillgraph.errors import StillgraphError
+from stillgraph.exporter.config import Say
 from stillgraph.exporter.ship.environments import missing, python
-from stillgraph.exporter.ship.runtimes import Runtime
-from stillgraph.manifest import Target
+from stillgraph.exporter.ship.runtimes import STAGE, Runtime
+from stillgraph.exporter.weights import WEIGHTS_FILE
+from stillgraph.manifest import GraphEntry, Manifest, Target
 
 
 class PythonRuntime(Runtime):
@@ -20,3 +26,34 @@ class PythonRuntime(Runtime):
     def command(self, folder: Path) -> Sequence[str] | str:
         interpreter = python(self.name)
         return [interpreter, "generate.py"] if interpreter else missing(self.name)
+
+
+class ConvertedRuntime(PythonRuntime):
+    """One that has files of its own made of the graphs, and of weights that prefill and decode may share."""
+
+    def fill(self, folder: Path, manifest: Manifest, say: Say) -> Manifest:
+        interpreter = python(self.name)
+        if interpreter is None:
+            raise StillgraphError(STAGE, missing(self.name), "run that command")
+        with TemporaryDirectory(dir=folder) as place:
+            # Converters do not read a weights file that has more than one link.
+            shutil.copyfile(folder / WEIGHTS_FILE, Path(place) / WEIGHTS_FILE)
+            for entry in manifest.graphs.values():
+                say(f"converting {entry.shape.name}")
+                self.convert(interpreter, folder, Path(place), entry)
+        prefill, decode = (
+            graph.shape.name for role in ("prefill", "decode") if (graph := manifest.graph(role))
+        )
+        self.share_weights(interpreter, folder, prefill, decode)
+        return manifest
+
+    @abstractmethod
+    def convert(self, interpreter: str, folder: Path, place: Path, entry: GraphEntry) -> None:
+        """Write what is made of a graph beside it. place: a folder to work in, with the weights file.
+
+        Raises StillgraphError.
+        """
+
+    @abstractmethod
+    def share_weights(self, interpreter: str, folder: Path, prefill: str, decode: str) -> None:
+        """Remove the decode's file of weights where the prefill's serves. Both are names of graphs."""

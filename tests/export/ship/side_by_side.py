@@ -24,6 +24,8 @@ from typing import Any
 from stillgraph.cpu import cpu_name
 from stillgraph.exporter.ship.cpp import RUNTIME as OPENVINO
 from stillgraph.exporter.ship.cpp_onnxruntime import RUNTIME as ONNXRUNTIME
+from stillgraph.exporter.ship.runtimes import Runtime
+from stillgraph.exporter.ship.ship import ship
 from stillgraph.golden import GOLDEN, Case, read
 from stillgraph.manifest import read as read_manifest
 
@@ -55,9 +57,18 @@ def programs(bundle: Path, case: Case) -> dict[str, list[str]]:
     found, target = {PYTHON: own}, read_manifest(bundle).target
     for runtime in (ONNXRUNTIME, OPENVINO):
         if target in runtime.targets and not runtime.missing():
-            words = [str(bundle), "--golden", str(bundle / GOLDEN), "--case", case.name]
+            given = bundle if runtime.refuses(read_manifest(bundle)) else _shipped(bundle, runtime)
+            words = [str(given), "--golden", str(given / GOLDEN), "--case", case.name]
             found[runtime.title] = [str(runtime.program()), *words]
     return found
+
+
+def _shipped(bundle: Path, runtime: Runtime) -> Path:
+    """As the runtime is given it; a growing graph is not shipped, and given as it is."""
+    place = bundle.with_name(f"{bundle.name}-{runtime.name}")
+    if not place.is_dir():
+        ship(bundle, runtime, place, lambda line: print(line, file=sys.stderr))
+    return place
 
 
 def chosen(bundle: Path) -> Case:
