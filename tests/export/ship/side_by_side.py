@@ -25,7 +25,6 @@ from stillgraph.cpu import cpu_name
 from stillgraph.exporter.ship.cpp import RUNTIME as OPENVINO
 from stillgraph.exporter.ship.cpp_onnxruntime import RUNTIME as ONNXRUNTIME
 from stillgraph.exporter.ship.runtimes import Runtime
-from stillgraph.exporter.ship.ship import ship
 from stillgraph.golden import GOLDEN, Case, read
 from stillgraph.manifest import read as read_manifest
 
@@ -65,6 +64,8 @@ def programs(bundle: Path, case: Case) -> dict[str, list[str]]:
 
 def _shipped(bundle: Path, runtime: Runtime) -> Path:
     """As the runtime is given it; a growing graph is not shipped, and given as it is."""
+    from stillgraph.exporter.ship.ship import ship  # here: our Python is measured in a process of this module
+
     place = bundle.with_name(f"{bundle.name}-{runtime.name}")
     if not place.is_dir():
         ship(bundle, runtime, place, lambda line: print(line, file=sys.stderr))
