@@ -5,24 +5,19 @@ Its DequantizeLinear knows no blocks, so weights of few bits are dequantized in 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnx_ir as ir
-from onnx_ir.passes import common
-
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.ship.environments import variables
-from stillgraph.exporter.ship.python_runtime import ConvertedRuntime
+from stillgraph.exporter.ship.python_runtime import PLAIN, ConvertedRuntime
 from stillgraph.exporter.ship.runtimes import STAGE
 from stillgraph.exporter.ship.widened import widen_blocks
 from stillgraph.manifest import GraphEntry
 
 CPU = "x86-64-v3"  # with AVX2; NAME.mlir is there to be compiled for another
 SCOPE = "weights"  # what the modules call the file of parameters
-PLAIN = "plain.onnx"  # a graph as IREE can read it
 LARGE = 256  # numbers of a constant that is not in the module but among the parameters
 IMPORT = (
     "--externalize-params",
@@ -42,6 +37,8 @@ sys.exit(not all(first.get(name) == content for name, content in second.items())
 
 
 class Iree(ConvertedRuntime):
+    widened = (widen_blocks,)
+
     def __init__(self, cpu: str = CPU) -> None:
         super().__init__("iree", "IREE")
         self.cpu = cpu
@@ -58,11 +55,6 @@ class Iree(ConvertedRuntime):
     def convert(self, interpreter: str, folder: Path, place: Path, entry: GraphEntry) -> None:
         """Write NAME.mlir, NAME.irpa and NAME.vmfb."""
         source, weights, module = (f"{entry.shape.name}.{ending}" for ending in ("mlir", "irpa", "vmfb"))
-        shutil.copyfile(folder / entry.file.path, place / entry.file.path)
-        model = ir.load(place / entry.file.path)
-        widen_blocks(model.graph)
-        common.RemoveUnusedNodesPass()(model)
-        ir.save(model, place / PLAIN, external_data="plain.data")
         cpu = f"--iree-llvmcpu-target-cpu={self.cpu}"
         for tool, *words in (
             ["iree-import-onnx", PLAIN, "-o", source, *IMPORT, "--save-params-to", weights],

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import filecmp
 import re
-import shutil
 import subprocess
 import uuid
 from pathlib import Path
 
-import onnx_ir as ir
-from onnx_ir.passes import common
-
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.ship.environments import variables
-from stillgraph.exporter.ship.python_runtime import ConvertedRuntime
+from stillgraph.exporter.ship.python_runtime import PLAIN, ConvertedRuntime
 from stillgraph.exporter.ship.runtimes import STAGE
 from stillgraph.exporter.ship.widened import widen_blocks, widen_halves
 from stillgraph.exporter.targets import CacheWrite
@@ -33,19 +29,12 @@ UUID = re.compile(rb"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 class Mnn(ConvertedRuntime):
     cache_write: CacheWrite = "Where"
+    widened = widen_blocks, widen_halves
 
     def convert(self, interpreter: str, folder: Path, place: Path, entry: GraphEntry) -> None:
         """Write NAME.mnn and NAME.mnn.weight."""
         name = f"{entry.shape.name}.mnn"
-        shutil.copyfile(folder / entry.file.path, place / entry.file.path)
-        model = ir.load(place / entry.file.path)
-        widen_blocks(model.graph)
-        widen_halves(model.graph)
-        common.RemoveUnusedNodesPass()(model)
-        ir.save(model, place / "plain.onnx", external_data="plain.data")
-        said = _run(
-            [interpreter, "-c", CONVERT, "--modelFile", "plain.onnx", "--MNNModel", name, *OPTIONS], place
-        )
+        said = _run([interpreter, "-c", CONVERT, "--modelFile", PLAIN, "--MNNModel", name, *OPTIONS], place)
         if not (place / name).is_file():
             problem = f"MNN's converter did not take {entry.file.path} ({said:.300})"
             raise StillgraphError(STAGE, problem, "ship another precision, or report this with MNN's version")

@@ -3,6 +3,7 @@
 const CACHE = new Set(["key", "value"]);
 const ARRAYS = { int64: BigInt64Array, float32: Float32Array, float16: Uint16Array };
 const size = (port) => port.shape.reduce((product, length) => product * length, 1);
+const portOf = (ports, role) => ports.find((port) => port.role === role);
 const slot = (port) => `${port.layer} ${port.role}`;
 
 export class Graphs {
@@ -26,9 +27,9 @@ export class Graphs {
   // Features [T, hidden] of a picture's pixel values.
   async look(values) {
     const { vision } = this.entries, session = await this.session("vision");
-    const port = vision.inputs.find((each) => each.role === "pixels");
+    const port = portOf(vision.inputs, "pixels");
     const found = await session.run({ [port.name]: new this.ort.Tensor(port.dtype, values, port.shape) });
-    return found[vision.outputs.find((each) => each.role === "image_features").name].data.slice();
+    return found[portOf(vision.outputs, "image_features").name].data.slice();
   }
 
   // Logits [V] after the prompt's last token. It goes on behind what the cache holds of it already, where no picture
@@ -108,7 +109,7 @@ export class Graphs {
     const presents = entry.outputs.filter((port) => CACHE.has(port.role));
     if (entry.shape.ctx === null) this.copy(presents, found, tokens.length);
     else for (const port of presents) this.cache.set(slot(port), found[port.name]);
-    return found[entry.outputs.find((port) => port.role === "logits").name].data;
+    return found[portOf(entry.outputs, "logits").name].data;
   }
 
   fill(role) {
@@ -127,11 +128,11 @@ export class Graphs {
 
   async embedded(tokens, places) {
     const { embed, prefill } = this.entries, session = await this.session("embed");
-    const port = embed.inputs.find((each) => each.role === "token_ids");
+    const port = portOf(embed.inputs, "token_ids");
     const found = await session.run({ [port.name]: this.tensor(port, tokens, this.fill("token_ids")) });
-    const output = embed.outputs.find((each) => each.role === "embeddings");
+    const output = portOf(embed.outputs, "embeddings");
     places.forEach((place, index) => place && found[output.name].data.set(place.row, index * place.row.length));
-    return { [prefill.inputs.find((each) => each.role === "embeddings").name]: found[output.name] };
+    return { [portOf(prefill.inputs, "embeddings").name]: found[output.name] };
   }
 
   tensor(port, values, fill) {
