@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stillgraph.exporter.checkpoint import Checkpoint
 
 NOTHING = torch.empty(0)
-RESIDENT = 1 << 30  # bytes: layers that are no larger in fp32 stay in memory once they are there
+RESIDENT = 3 << 30  # bytes: layers that are no larger in fp32 stay in memory once they are there
 
 
 def empty(module: nn.Module) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import linear
 
 from stillgraph.exporter.bundle.tokenizer_files import TOKENIZER
 from stillgraph.exporter.calibration import NONE, SAMPLES
@@ -19,22 +18,29 @@ from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig, Say
 from stillgraph.exporter.ir.fold_weights import Weight
 from stillgraph.exporter.precisions import CALIBRATED, PRECISIONS, QUANTIZED
-from stillgraph.exporter.quantize.calibrate import Forms, calibrate, products
+from stillgraph.exporter.quantize.calibrate import calibrate, products
 from stillgraph.exporter.quantize.layouts import Part
 from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format
 from stillgraph.exporter.quantize.samples import own_texts
-from stillgraph.exporter.quantize.sensitivity import Cost, choose, dearest, of_int8_rows, sensitivity
+from stillgraph.exporter.quantize.sensitivity import (
+    Cost,
+    choose,
+    dearest,
+    of_int8_rows,
+    of_nearest,
+    sensitivity,
+)
 from stillgraph.exporter.quantize.text import file_texts
 from stillgraph.manifest import Manifest, Precision, Quantization
 
-ALGORITHM = 3  # another number for other numbers: what an earlier version left is not taken up
+ALGORITHM = 4  # another number for other numbers: what an earlier version left is not taken up
 BITS = 4  # what 8 bits cost a model is next to nothing
 BETTER: Precision = "int8"  # for weights that matter
 TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
-MEASURED = 2048  # tokens that say which weights matter,
-ROUNDED = 4096  # and those that they are rounded for to see it
+FEWEST, WORK = 4096, 3e12  # at least, and tokens times weights: more would take too long
+MEASURED = 2048  # tokens that say which weights matter
 SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text is, whatever their number
 
 
@@ -82,10 +88,7 @@ class Calibration:
         return self._rounded.texts(self._texts)
 
     def better(self) -> dict[str, Precision]:
-        """Weights that get more bits for the budget, and the precision of them.
-
-        All are rounded to four bits, for a part of the texts, and what that costs is measured.
-        """
+        """Weights that get more bits for the budget, and the precision of them."""
         return dict.fromkeys(self._once("better", self._better), BETTER)
 
     def blocked(self) -> tuple[str, ...]:
@@ -96,12 +99,9 @@ class Calibration:
         """The weights of few bits among `weights` that belong to products of the decoder's layers."""
         forms, known = _forms(weights), products(self.checkpoint)
         wanted = {name: form for name, form in forms.items() if name in known}
-        self._calibrate(wanted, self.texts, self._rounded, self._say)
+        if any(self._rounded.get(name, form) is None for name, form in wanted.items()):
+            calibrate(self.checkpoint, wanted, self.texts(), self._rounded, self._say)
         return self._rounded
-
-    def _calibrate(self, forms: Forms, texts: Callable[[], Tensor], rounded: Rounded, say: Say) -> None:
-        if any(rounded.get(name, form) is None for name, form in forms.items()):
-            calibrate(self.checkpoint, forms, texts(), rounded, say)
 
     def _once(self, name: str, measure: Callable[[], list[str]]) -> list[str]:
         path = self._rounded.folder / f"{name}.json"
@@ -129,17 +129,11 @@ class Calibration:
     def _better(self) -> list[str]:
         few, many = (self.plan.form(precision) for precision in (CALIBRATED, BETTER))
         names = {name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED}
-        first = Rounded(self._rounded.folder / "measured")
-
-        def added(name: str, x: Tensor, weight: Tensor) -> Tensor:
-            found = first.get(name, few)
-            return linear(x, torch.zeros_like(weight) if found is None else found.dequantize() - weight)
 
         def say(line: str) -> None:
             self._say(f"measuring which weights matter: {line}")
 
-        self._calibrate(dict.fromkeys(names, few), lambda: self._part(ROUNDED), first, say)
-        costs = sensitivity(self.checkpoint, added, self._part(MEASURED), say)
+        costs = sensitivity(self.checkpoint, of_nearest(few), self._part(MEASURED), say)
         costs, how = [cost for cost in costs if cost.name in names], self.quantization
         chosen, bits = choose(costs, few, many, how.budget, how.kl)
         nats = sum(cost.nats for cost in costs) - sum(cost.nats for cost in chosen)
@@ -153,9 +147,9 @@ class Calibration:
 
     def _texts(self) -> Tensor:
         checkpoint, own = self.checkpoint, self.config.calibrate == SAMPLES
-        widest = max(checkpoint.tensors[name].shape()[1] for name in products(checkpoint))
         length = min(SAMPLED if own else READ, checkpoint.spec.max_position_embeddings)
-        tokens = tokens_for(widest) if self.quantization.calibration else MEASURED
+        shapes = [tuple(checkpoint.tensors[name].shape()) for name in products(checkpoint)]
+        tokens = tokens_for(shapes) if self.quantization.calibration else MEASURED
         texts = -(-tokens // length)
         if own:
             return own_texts(checkpoint, texts, length, self._say)
@@ -167,9 +161,10 @@ def _names(costs: list[Cost]) -> list[str]:
     return sorted(cost.name.removesuffix(".weight") for cost in costs)
 
 
-def tokens_for(widest: int) -> int:
-    """How many tokens weights are rounded for, by the columns of the widest."""
-    return min(TOKENS, A_COLUMN * widest)
+def tokens_for(shapes: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens weights of these shapes [N, K] are rounded for."""
+    widest, numbers = max(columns for _, columns in shapes), sum(map(math.prod, shapes))
+    return min(TOKENS, A_COLUMN * widest, max(FEWEST, int(WORK / numbers)))
 
 
 def forget(place: Path) -> None:

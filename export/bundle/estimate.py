@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.bundle.calibration import MEASURED, ROUNDED, tokens_for
+from stillgraph.exporter.bundle.calibration import MEASURED, tokens_for
 from stillgraph.exporter.calibration import NONE
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig
@@ -75,7 +75,7 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
         if config.quantization.calibration is not None:
             disk += 1.1 * sum(map(math.prod, matrices))  # codes, a byte each, and scales
             widest = max(columns for _, columns in matrices)
-            tokens = tokens_for(widest)
+            tokens = tokens_for(matrices)
             memory = max(memory, BASE + HALVES * 4 * tokens * widest)
             seconds += _operations(matrices, tokens) / (EFFICIENCY * speed())
     return Estimate(disk, memory, seconds)
@@ -120,11 +120,11 @@ def speed() -> float:
 
 
 def _operations(matrices: Sequence[tuple[int, ...]], tokens: int) -> float:
-    """Of a calibration: texts twice through the layers, a part of them twice more, once of it back, samples
-    drawn, and each matrix rounded twice."""
-    numbers = sum(map(math.prod, matrices))
-    texts = numbers * (4 * tokens + 4 * min(ROUNDED, tokens) + 6 * min(MEASURED, tokens) + 2 * tokens)
-    return texts + 2 * PASSES * sum(rows * columns**2 for rows, columns in matrices)
+    """Of a calibration: samples drawn, a part of them forth and back, all twice through the layers, and each
+    matrix rounded for the moments of its inputs."""
+    texts = sum(map(math.prod, matrices)) * (6 * tokens + 8 * min(MEASURED, tokens))
+    moments = sum(columns**2 * (tokens + columns) for _, columns in matrices)
+    return texts + moments + 2 * PASSES * sum(rows * columns**2 for rows, columns in matrices)
 
 
 def _cache_bytes(checkpoint: Checkpoint, shape: GraphShape) -> int:

@@ -22,7 +22,7 @@ from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format
-from stillgraph.exporter.quantize.second_order import compensated, quantize_for
+from stillgraph.exporter.quantize.second_order import Moments, compensated, quantize_for
 from stillgraph.exporter.streaming import NOTHING, streamed
 
 Forms = Mapping[str, Format]  # of each tensor of the checkpoint that is to be rounded
@@ -87,7 +87,7 @@ class _Layer:
     rounded: Rounded
     clock: _Clock
     _input: Tensor = NOTHING
-    _moments: tuple[Tensor, Tensor] = NOTHING, NOTHING
+    _moments: Moments | None = None
 
     def hook(self, layer: nn.Module) -> None:
         layer.register_forward_pre_hook(self._begin)
@@ -102,22 +102,21 @@ class _Layer:
         """Of inputs [2 B, S, K]: the first half by the weight as it is, the second by the rounded one."""
         form, weight, bias = self.forms[name], module.weight, module.bias
         found = self.rounded.get(name, form)
-        if found is None:
-            moments, crossed = self._moments_of(inputs)
-            found = quantize_for(compensated(weight, moments, crossed), moments, form)
-            self.rounded.add(name, found)
         exact, met = inputs.chunk(2)
+        if found is None:
+            rows = exact.flatten(0, -2), met.flatten(0, -2)
+            moments = self._moments_of(inputs, rows[1])
+            found = quantize_for(compensated(weight, moments, *rows), moments, form)
+            self.rounded.add(name, found)
         products = functional.linear(exact, weight, bias), functional.linear(met, found.dequantize(), bias)
         return torch.cat(products)
 
-    def _moments_of(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Of inputs that rounding has changed, and of what they were with these; once for all products that
-        take the same ones."""
-        if inputs is not self._input:
-            exact, met = (half.flatten(0, -2) for half in inputs.chunk(2))
-            self._input, self._moments = inputs, (met.T @ met / len(met), exact.T @ met / len(met))
+    def _moments_of(self, inputs: Tensor, met: Tensor) -> Moments:
+        """Of inputs that rounding has changed; once for all products that take the same ones."""
+        if inputs is not self._input or self._moments is None:
+            self._input, self._moments = inputs, Moments.of(met)
         return self._moments
 
     def _end(self, *_: Any) -> None:
-        self._input, self._moments = NOTHING, (NOTHING, NOTHING)
+        self._input, self._moments = NOTHING, None
         self.rounded.flush()

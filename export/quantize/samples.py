@@ -21,6 +21,7 @@ def own_texts(checkpoint: Checkpoint, texts: int, length: int, say: Say, seed: i
     decoder = family.decoder(model)
     head = checkpoint.head()
     generator = torch.Generator().manual_seed(seed)
+    widened = torch.empty(min(ROWS, len(head)), head.shape[1])
     ids = torch.full((texts, 1), first_token(decoder.config))
     cache = DynamicCache()
     with streamed(checkpoint, model, again=True) as embedded:
@@ -29,13 +30,18 @@ def own_texts(checkpoint: Checkpoint, texts: int, length: int, say: Say, seed: i
                 say(f"sampling {texts} texts to calibrate with, token {step} of {length}")
             run = decoder(input_ids=embedded(ids[:, -1:]), past_key_values=cache, use_cache=True)
             hidden = run.last_hidden_state[:, -1]
-            parts = [functional.linear(hidden, part.to(torch.float32)) for part in torch.split(head, ROWS)]
-            odds = family.logits(decoder.config, torch.cat(parts, dim=-1)).softmax(-1)
-            ids = torch.cat([ids, _drawn(odds, generator)], dim=1)
+            odds = family.logits(decoder.config, _scores(hidden, head, widened)).softmax(-1)
+            ids = torch.cat([ids, drawn(odds, generator)], dim=1)
     return ids
 
 
-def _drawn(odds: Tensor, generator: torch.Generator) -> Tensor:
+def _scores(hidden: Tensor, head: Tensor, widened: Tensor) -> Tensor:
+    """Of hidden [B, H] and a head [V, H] of any float dtype: [B, V]. widened: fp32 [rows, H], to work in."""
+    parts = torch.split(head, len(widened))
+    return torch.cat([functional.linear(hidden, widened[: len(part)].copy_(part)) for part in parts], dim=-1)
+
+
+def drawn(odds: Tensor, generator: torch.Generator) -> Tensor:
     """A token [B, 1] by odds [B, V]: one random number each, where `multinomial` takes one for each entry."""
     sums = odds.cumsum(-1, dtype=torch.float64)
     sought = torch.rand(len(odds), 1, generator=generator, dtype=torch.float64) * sums[:, -1:]

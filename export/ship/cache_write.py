@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from stillgraph.exporter import weights
-from stillgraph.exporter.bundle.needs import of_nodes
+from stillgraph.exporter.ship.rewrite import rewrite
 from stillgraph.exporter.targets import CacheWrite
-from stillgraph.files import describe
 from stillgraph.manifest import GraphEntry, Manifest
 
 SCATTER = "ScatterElements"
@@ -25,13 +23,7 @@ def rewrite_cache_write(folder: Path, manifest: Manifest, wanted: CacheWrite) ->
     entry = manifest.graph("decode")
     if wanted == SCATTER or entry is None:
         return manifest
-    model = weights.load_graph(folder / entry.file.path)
-    to_where(model.graph, entry)
-    path = folder / entry.file.path
-    path.unlink()  # a link into the bundle
-    described = of_nodes(weights.save_graph(model, manifest.weights, path))
-    changed = entry.model_copy(update={"file": describe(folder, path), **described})
-    return manifest.model_copy(update={"graphs": manifest.graphs | {entry.shape.name: changed}})
+    return rewrite(folder, manifest, entry, lambda graph: to_where(graph, entry))
 
 
 def to_where(graph: ir.Graph, entry: GraphEntry) -> int:
@@ -63,9 +55,7 @@ def to_where(graph: ir.Graph, entry: GraphEntry) -> int:
         graph.insert_before(node, where)
         written.name, written.type, written.shape = former.name, former.type, former.shape
         ir.convenience.replace_all_uses_with(former, written, replace_graph_outputs=True)
-        indices = node.inputs[1]
         graph.remove(node, safe=False)
-        _remove_unused(graph, indices)
     return len(found)
 
 
@@ -76,13 +66,3 @@ def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     )
     graph.initializers[name] = value
     return value
-
-
-def _remove_unused(graph: ir.Graph, value: ir.Value | None) -> None:
-    """Remove what made a value that nothing reads now."""
-    node = value.producer() if value is not None and not value.uses() else None
-    if node is not None and not any(output.uses() for output in node.outputs):
-        inputs = list(node.inputs)
-        graph.remove(node, safe=True)
-        for one in inputs:
-            _remove_unused(graph, one)

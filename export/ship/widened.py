@@ -23,6 +23,36 @@ def widen_blocks(graph: ir.Graph) -> int:
     return len(found)
 
 
+def widen_tables(graph: ir.Graph) -> int:
+    """Make each DequantizeLinear of gathered rows one of their whole table, and gather behind it; how many
+    there were. A runtime that folds constants has a table of plain numbers then."""
+    found = [(node, gathers) for node in graph if (gathers := _gathers(node))]
+    for node, gathers in found:
+        rows, side = gathers[0].inputs[1], gathers[0].attributes["axis"].as_int()
+        assert rows is not None
+        axis = node.attributes["axis"].as_int()
+        if axis > side:  # the axes of rows stand there in the place of one
+            assert rows.shape is not None
+            axis -= len(rows.shape) - 1
+        attributes = {"axis": axis, "block_size": node.attributes["block_size"].as_int()}
+        tables = [gather.inputs[0] for gather in gathers]
+        whole = ir.node(DEQUANTIZE, tables, attributes, name=f"{node.name}.whole")
+        taken = ir.node("Gather", [whole.outputs[0], rows], {"axis": side}, name=f"{node.name}.rows")
+        for made in (whole, taken):
+            made.outputs[0].name = made.name
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [whole, taken], node.outputs, taken.outputs
+        )
+    return len(found)
+
+
+def _gathers(node: ir.Node) -> list[ir.Node]:
+    """What makes all inputs of a DequantizeLinear, where each is gathered; empty otherwise."""
+    makers = [value.producer() for value in node.inputs if value is not None]
+    gathers = [maker for maker in makers if maker is not None and maker.op_type == "Gather"]
+    return gathers if node.op_type == DEQUANTIZE and len(gathers) == len(makers) else []
+
+
 def widen_halves(graph: ir.Graph) -> int:
     """Make each weight of fp16, and all that is computed in fp16, fp32; how many weights there were."""
     found = [value for value in graph.initializers.values() if value.dtype == ir.DataType.FLOAT16]

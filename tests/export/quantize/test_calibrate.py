@@ -16,7 +16,7 @@ from stillgraph.exporter.quantize.calibrate import calibrate, products
 from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
 from stillgraph.exporter.quantize.samples import own_texts
-from stillgraph.exporter.quantize.second_order import quantize_for
+from stillgraph.exporter.quantize.second_order import Moments, quantize_for
 from stillgraph.exporter.quantize.text import file_texts
 
 FORM = Format(4, 32)
@@ -56,7 +56,8 @@ def by_hand(
         damped = moments + np.eye(len(moments)) * np.diag(moments).mean() * second_order.DAMPING
         pull = (was[name].T @ x / len(x)).double().numpy() - moments
         aim = weight.data.double().numpy() @ (np.eye(len(moments)) + 0.5 * pull @ np.linalg.inv(damped))
-        codes = quantize_for(torch.from_numpy(aim).float(), torch.from_numpy(moments).float(), FORM).codes
+        known = Moments.of_sums(torch.from_numpy(moments).float())
+        codes = quantize_for(torch.from_numpy(aim).float(), known, FORM).codes
         others[name] = float((codes != found[f"{name}.weight"].codes).float().mean())
         weight.data = found[f"{name}.weight"].dequantize()
     return others
@@ -182,5 +183,5 @@ def test_what_is_left_of_other_calibrations_goes(tmp_path) -> None:
 def test_weights_that_are_no_numbers(tiny_checkpoint) -> None:
     matrix, moments = torch.full((2, 40), torch.nan), torch.eye(40)
     with pytest.raises(StillgraphError, match="not a number"):
-        quantize_for(matrix, moments, FORM)
+        quantize_for(matrix, Moments.of_sums(moments), FORM)
     assert quantize(torch.ones(2, 40), FORM).columns == 40

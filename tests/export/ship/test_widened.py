@@ -14,7 +14,7 @@ from onnx_ir.passes import common
 
 from stillgraph.exporter.ir.simplify import random_inputs
 from stillgraph.exporter.ort import difference, open_graph, run
-from stillgraph.exporter.ship.widened import widen_blocks, widen_halves
+from stillgraph.exporter.ship.widened import widen_blocks, widen_halves, widen_tables
 from stillgraph.manifest import GraphEntry, read
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -51,3 +51,20 @@ def test_it_computes_the_same(tiny_bundle: Callable[..., Path], tmp_path: Path, 
     assert not [node for node in graph.graph if node.op_type == "DequantizeLinear"]
     found = compared(own / entry.file.path, own / "plain.onnx", entry)
     assert found < (1e-2 if form == "fp16" else 1e-6)  # inputs of products are no longer rounded
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_whole_table_has_the_same_rows(
+    tiny_bundle: Callable[..., Path], tmp_path: Path, role: str, tied: bool
+) -> None:
+    own = Path(shutil.copytree(tiny_bundle(precision="int8", tie_word_embeddings=tied), tmp_path / "own"))
+    entry = read(own).graph(role)
+    assert entry is not None
+    graph = ir.load(own / entry.file.path)
+    assert widen_tables(graph.graph) == 1
+    constants = graph.graph.initializers
+    dequantized = [node for node in graph.graph if node.op_type == "DequantizeLinear"]
+    assert all(value.name in constants for node in dequantized for value in node.inputs if value is not None)
+    ir.save(graph, own / "whole.onnx")
+    assert compared(own / entry.file.path, own / "whole.onnx", entry) == 0

@@ -48,6 +48,8 @@ class Backend:
         options.log_severity_level = 3
         for name, value in {"ep.share_ep_contexts": "1", **entries}.items():
             options.add_session_config_entry(name, value)
+        # Weights of few bits become numbers while a graph is compiled.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         # All of a graph on the NPU, or an error.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_provider_for_devices([self.device], self.options)
