@@ -17,7 +17,7 @@ import torch
 
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.bundle.calibration import MEASURED, tokens_for
-from stillgraph.exporter.calibration import NONE
+from stillgraph.exporter.calibration import NONE, SAMPLES
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig
 from stillgraph.exporter.few_bits import BUDGET, TABLES
@@ -25,6 +25,7 @@ from stillgraph.exporter.memory import available_memory
 from stillgraph.exporter.precisions import CALIBRATED, PRECISIONS
 from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.sensitivity import bits_of
+from stillgraph.exporter.streaming import stay
 from stillgraph.ports import input_ports
 from stillgraph.spec import GraphShape
 
@@ -34,6 +35,7 @@ A_NUMBER = 4.1  # bytes for each number of the largest tensor, which is in fp32 
 A_LAYER = 5e6  # bytes, of traces
 CACHES = 3  # sizes of one cache, in files, that such a comparison takes
 HALVES = 8  # fp32 copies of one product's inputs, as they are and as rounded, and what is made of them
+DRAWING = 1.1  # of the layers in fp32, while samples are drawn
 IMPORTS, GRAPH, LAYER = 10.0, 4.0, 0.3  # seconds of a start, of a graph, and of each of its layers
 A_WEIGHT = {"fp32": 6e-9, "fp16": 10e-9, "int8": 30e-9, "int4": 45e-9}  # seconds to write a number, and check
 EFFICIENCY = 0.4  # of a product's speed in all that a calibration does
@@ -68,6 +70,8 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
     seconds = IMPORTS + len(shapes) * (GRAPH + LAYER * layers)
     seconds += sum(numbers.values()) * A_WEIGHT[config.precision]
     if config.quantization is not None:
+        if config.calibrate == SAMPLES and stay(weights := sum(map(math.prod, matrices))):
+            memory = max(memory, BASE + DRAWING * 4 * weights)
         if any(shape.int8_activations for shape in shapes):
             disk += sum(map(math.prod, matrices))
             if config.calibrate != NONE:  # what its inputs' rounding costs: forth, back, and its own products

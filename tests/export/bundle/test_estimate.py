@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from stillgraph.exporter import streaming
 from stillgraph.exporter.bundle import estimate as room
 from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.bundle.estimate import estimate
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.config import ExportConfig, request
+from stillgraph.exporter.quantize.calibrate import products
 from stillgraph.manifest import read
 from stillgraph.spec import GraphShape
 
@@ -56,6 +59,22 @@ def test_a_calibration_takes_more_of_everything(tiny_checkpoint: Callable[..., P
     assert calibrated.disk > plain.disk
     assert calibrated.memory > plain.memory
     assert calibrated.seconds > plain.seconds
+
+
+def test_layers_stay_in_memory_while_samples_are_drawn_where_half_of_it_is_free(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(**WIDE)
+    config, checkpoint = asked(folder, tmp_path, "int4", calibrate="samples"), open_checkpoint(str(folder))
+    for other in ("BASE", "A_NUMBER", "A_LAYER", "HALVES"):
+        monkeypatch.setattr(room, other, 0.0)
+    layers = 4 * sum(math.prod(checkpoint.tensors[name].shape()) for name in products(checkpoint))
+    found = []
+    for free in (2 * layers - 1, 2 * layers):
+        monkeypatch.setattr(streaming, "available_memory", lambda free=free: free)
+        found.append((streaming.stay(layers // 4), estimate(config, checkpoint, DECODE).memory))
+    assert [stays for stays, _ in found] == [False, True]
+    assert [memory for _, memory in found] == [0, pytest.approx(room.DRAWING * layers)]
 
 
 @pytest.mark.parametrize("lacking", ["disk", "memory"])
