@@ -40,7 +40,7 @@ BITS = 4  # what 8 bits cost a model is next to nothing
 BETTER: Precision = "int8"  # for weights that matter
 TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
 FEWEST, WORK = 4096, 3e12  # at least, and tokens times weights: more would take too long
-MEASURED = 2048  # tokens that say which weights matter
+MEASURED, SHARE = 2048, 4  # tokens that say which weights matter: at most, and one in so many of all
 SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text is, whatever their number
 
 
@@ -116,7 +116,7 @@ class Calibration:
 
         costs = [
             cost
-            for cost in sensitivity(self.checkpoint, of_int8_rows, self._part(MEASURED), say)
+            for cost in sensitivity(self.checkpoint, of_int8_rows, self._part(), say)
             if self.plan.precision_of((cost.name,)) in QUANTIZED
         ]
         chosen = dearest(costs, PRECISIONS[self.config.precision].fast_kl)
@@ -133,7 +133,7 @@ class Calibration:
         def say(line: str) -> None:
             self._say(f"measuring which weights matter: {line}")
 
-        costs = sensitivity(self.checkpoint, of_nearest(few), self._part(MEASURED), say)
+        costs = sensitivity(self.checkpoint, of_nearest(few), self._part(), say)
         costs, how = [cost for cost in costs if cost.name in names], self.quantization
         chosen, bits = choose(costs, few, many, how.budget, how.kl)
         nats = sum(cost.nats for cost in costs) - sum(cost.nats for cost in chosen)
@@ -141,8 +141,10 @@ class Calibration:
         self._say(f"{line}{nats:.3f} nats that four bits cost")
         return _names(chosen)
 
-    def _part(self, tokens: int) -> Tensor:
+    def _part(self) -> Tensor:
+        """The texts that say which weights matter."""
         ids = self.texts()
+        tokens = measured_for(ids.numel()) if self.quantization.calibration else MEASURED
         return ids[: max(1, tokens // ids.shape[1])]
 
     def _texts(self) -> Tensor:
@@ -165,6 +167,11 @@ def tokens_for(shapes: Sequence[tuple[int, ...]]) -> int:
     """How many tokens weights of these shapes [N, K] are rounded for."""
     widest, numbers = max(columns for _, columns in shapes), sum(map(math.prod, shapes))
     return min(TOKENS, A_COLUMN * widest, max(FEWEST, int(WORK / numbers)))
+
+
+def measured_for(tokens: int) -> int:
+    """How many of the tokens that weights are rounded for say which weights matter."""
+    return min(MEASURED, tokens // SHARE)
 
 
 def forget(place: Path) -> None:

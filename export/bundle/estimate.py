@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.bundle.calibration import MEASURED, tokens_for
+from stillgraph.exporter.bundle.calibration import MEASURED, measured_for, tokens_for
 from stillgraph.exporter.calibration import NONE, SAMPLES
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig
@@ -126,7 +126,7 @@ def speed() -> float:
 def _operations(matrices: Sequence[tuple[int, ...]], tokens: int) -> float:
     """Of a calibration: samples drawn, a part of them forth and back, all twice through the layers, and each
     matrix rounded for the moments of its inputs."""
-    texts = sum(map(math.prod, matrices)) * (6 * tokens + 8 * min(MEASURED, tokens))
+    texts = sum(map(math.prod, matrices)) * (6 * tokens + 8 * measured_for(tokens))
     moments = sum(columns**2 * (tokens + columns) for _, columns in matrices)
     return texts + moments + 2 * PASSES * sum(rows * columns**2 for rows, columns in matrices)
 

@@ -185,3 +185,10 @@ def test_weights_that_are_no_numbers(tiny_checkpoint) -> None:
     with pytest.raises(StillgraphError, match="not a number"):
         quantize_for(matrix, Moments.of_sums(moments), FORM)
     assert quantize(torch.ones(2, 40), FORM).columns == 40
+
+
+def test_a_large_model_gets_fewer_tokens_and_a_tiny_one_no_more_than_it_needs() -> None:
+    layer = [(1152, 6912), (6912, 1152), (6912, 1152), (1024, 1152), (256, 1152), (256, 1152), (1152, 1024)]
+    tokens = [calibration.tokens_for(shapes) for shapes in (layer * 2, layer * 26, layer * 500, [(64, 48)])]
+    assert tokens == [16384, 4299, 4096, 12 * 48]
+    assert [calibration.measured_for(count) for count in tokens] == [2048, 1074, 1024, 144]
