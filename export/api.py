@@ -55,7 +55,7 @@ def export(
     model: a hub id, a checkpoint folder or a GGUF file; out: the bundle's folder, by default
     artifacts/<model>; max_len: tokens that the prefill takes at once; block_size: 32, 64 or 128, by default
     64 with int4 and 32 with int8; asymmetric: zero points, by default with int4; keep: PATTERN=PRECISION,
-    weights kept otherwise; calibrate: what int4 is rounded for: a file of text, `samples` of the model's own,
+    weights kept otherwise; calibrate: what few bits are made for: a text file, `samples` of the model's own,
     or `none`; budget: bits a weight of int4, by default 6.4 where it is calibrated, or kl: nats that its four
     bits may cost; validate: compare with PyTorch, which takes most memory; text: files that its statistics
     are made over, by default texts that ship; progress: called with what is being done, in a few words.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from stillgraph.exporter.checkpoint_folder import (
     read_json,
 )
 from stillgraph.exporter.families import Family, families
+from stillgraph.exporter.smoothing import Smoothing, undo_in_table
 from stillgraph.exporter.tensor_files import StoredTensor, find_tensors, parameter_names, stored_tensors
 from stillgraph.spec import ModelSpec
 
@@ -40,6 +41,7 @@ class Checkpoint:
     """A Hugging Face checkpoint folder that the export understands. Tensors are read one at a time.
 
     Of a GGUF the folder holds what a folder has besides its weights, and is there as long as `gguf` is.
+    smoothings: what is done to its tensors while they are read; the model is the same with them.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]  # by the name that the model has for it
     tied: str | None = None  # the tensor that is embedding and head in one
     gguf: Unpacked | None = None
+    smoothings: tuple[Smoothing, ...] = ()
     _finite: set[str] = field(default_factory=set)  # tensors whose numbers have been looked at
     _stamps: dict[Path, Stamp] = field(default_factory=dict)
 
@@ -57,10 +60,22 @@ class Checkpoint:
         return self.family.spec(self.config)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from its file, in the checkpoint's dtype.
+        """One tensor, mapped from its file, in the checkpoint's dtype; of a smoothed one a copy in fp32.
 
         Raises StillgraphError where a number of it is infinite or NaN.
         """
+        return self._smoothed(name, self._stored(name))
+
+    def rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows [R, C] of a matrix whose columns alone are smoothed; its other rows stay in the file."""
+        return self._smoothed(name, self._stored(name)[rows])
+
+    def _smoothed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        for one in self.smoothings:
+            tensor = one.applied(name, tensor)
+        return tensor
+
+    def _stored(self, name: str) -> torch.Tensor:
         tensor = self.tensors[name].read()
         if name not in self._finite:
             if count := _not_finite(tensor):
@@ -74,6 +89,10 @@ class Checkpoint:
     def head(self) -> torch.Tensor:
         """The matrix that scores the vocabulary, mapped: one of its own, or the embedding."""
         return self.tensor(HEAD if HEAD in self.tensors else self.tied or HEAD)
+
+    def smoothed(self, smoothings: tuple[Smoothing, ...]) -> Checkpoint:
+        """The same checkpoint, whose tensors are smoothed when they are read."""
+        return replace(self, smoothings=smoothings)
 
     def check_unchanged(self) -> None:
         """Raises StillgraphError where a file was written, replaced or removed since it was opened."""
@@ -91,8 +110,15 @@ class Checkpoint:
         with no_init_weights(), default_dtype(torch.float32):
             model = self.family.build(config)
         model.tie_weights()  # skipped together with the initialization
+        for one in self.smoothings:
+            if self.tied in one.sources[1:]:
+                undo_in_table(self.family.decoder(model).get_input_embeddings(), one)
         built: torch.nn.Module = model.eval().requires_grad_(False)
         return built
+
+    def runnable(self) -> torch.nn.Module:
+        """As `build`, with the faster of the attentions that its class has."""
+        return self.build("sdpa" if self.family.build._supports_sdpa else "eager")
 
     def load(self) -> torch.nn.Module:
         """The reference: what transformers by itself makes of the folder, in fp32 with eager attention.

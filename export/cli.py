@@ -62,7 +62,7 @@ FastPrefill = Annotated[
 Calibrate = Annotated[
     str,
     typer.Option(
-        help="What int4 is rounded for: a text FILE, the model's own samples, or none.",
+        help="What int8 and int4 are made for: a text FILE, the model's own samples, or none.",
         metavar="FILE|samples|none",
     ),
 ]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.calibration import NONE, SAMPLES
 from stillgraph.exporter.few_bits import few_bits
-from stillgraph.exporter.precisions import CALIBRATED, QUANTIZED
+from stillgraph.exporter.precisions import QUANTIZED
 from stillgraph.exporter.targets import TARGETS
 from stillgraph.manifest import Manifest, Precision, Quantization, Target
 from stillgraph.spec import Frozen, GraphShape, ModelSpec
@@ -79,9 +79,9 @@ def request(
         named = "--block-size, --asymmetric, --keep, --budget, --kl and --fast-prefill"
         problem = f"{named} do nothing at --precision {precision}"
         raise StillgraphError(STAGE, problem, "leave them out, or use --precision int8 or int4")
-    if precision != CALIBRATED and calibrate not in (SAMPLES, NONE):
+    if precision not in QUANTIZED and calibrate not in (SAMPLES, NONE):
         problem = f"--calibrate does nothing at --precision {precision}"
-        raise StillgraphError(STAGE, problem, f"leave it out, or use --precision {CALIBRATED}")
+        raise StillgraphError(STAGE, problem, "leave it out, or use --precision int8 or int4")
     return ExportConfig(**values, calibrate=calibrate)
 
 

@@ -44,7 +44,8 @@ def few_bits(
     four = precision == CALIBRATED
     asked = all_kept(keep)
     tables = {name: "int8" for name in TABLES if name not in asked} if four else {}
-    calibration = calibration_of(calibrate) if four else None
+    text = calibration_of(calibrate)  # refused here, though eight bits only have their channels evened by it
+    calibration = text if four else None
     symmetric = not (four if asymmetric is None else asymmetric)
     return Quantization(
         block_size=size,

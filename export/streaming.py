@@ -40,14 +40,17 @@ def streamed(checkpoint: Checkpoint, model: Any, again: bool = False) -> Iterato
     decoder = checkpoint.family.decoder(model)
     embedding = decoder.get_input_embeddings()
     embedding.padding_idx, table = None, embedding.weight
-    stored = {id(p): checkpoint.tensor(name) for name, p in model.named_parameters()}  # mapped
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     inside = [parameter for layer in decoder.layers for parameter in layer.parameters()]
-    resident = again and stay(sum(stored[id(parameter)].numel() for parameter in inside))
+    resident = again and stay(sum(parameter.numel() for parameter in inside))
+
+    def weight(parameter: nn.Parameter) -> Tensor:
+        return checkpoint.tensor(names[id(parameter)]).to(torch.float32)
 
     def load(module: nn.Module, *_: Any) -> None:
         for parameter in module.parameters():
             if not parameter.numel():
-                parameter.data = stored[id(parameter)].to(torch.float32)
+                parameter.data = weight(parameter)
 
     def drop(module: nn.Module, *_: Any) -> None:
         if not (resident or torch.is_grad_enabled()):
@@ -55,12 +58,12 @@ def streamed(checkpoint: Checkpoint, model: Any, again: bool = False) -> Iterato
 
     def embedded(ids: Tensor) -> Tensor:
         rows, places = cast("tuple[Tensor, Tensor]", torch.unique(ids, return_inverse=True))
-        table.data = stored[id(table)][rows].to(torch.float32)
+        table.data = checkpoint.rows(names[id(table)], rows).to(torch.float32)
         return places
 
     streams = {id(parameter) for parameter in (*inside, table)}
     for parameter in decoder.parameters():
-        parameter.data = NOTHING if id(parameter) in streams else stored[id(parameter)].to(torch.float32)
+        parameter.data = NOTHING if id(parameter) in streams else weight(parameter)
     hooks = []
     for layer in decoder.layers:
         hooks += [layer.register_forward_pre_hook(load), layer.register_forward_hook(drop)]

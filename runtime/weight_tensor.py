@@ -21,6 +21,7 @@ Layout = Literal[
     "coarse",
     "fine",
     "coarse_scales",
+    "smoothing",
 ]
 
 
@@ -42,7 +43,10 @@ class WeightTensor(Frozen):
     last block filled up), their `scales` [N, L] and `zeros`; codes [K, N] (`columns`), with `column_scales`
     [L, N] and `column_zeros`; codes [K, N] (`channels`) with a scale a row (`channel_scales`); codes row by
     row of which `coarse` has the upper four bits and `fine` the lower, each less 8, so that a weight is
-    (coarse + fine / 16) times its `coarse_scales` [N, L]. bits: of a stored value: 4 are packed two a byte,
+    (coarse + fine / 16) times its `coarse_scales` [N, L]. `smoothing` is no weight of a graph: exponents of 2
+    that the channels of its first source are divided by, and the columns of the others multiplied by, before
+    anything else is done to them; the first is a norm that adds what `changes` adds to its weight, or a
+    matrix whose rows are channels. bits: of a stored value: 4 are packed two a byte,
     the earlier one in the lower half, whatever the dtype. block: weights of a row that share a scale, of a
     matrix in blocks.
     """

@@ -102,7 +102,7 @@ def export(
         _carry(checkpoint, folder, say)
         # Before any work, since it refuses files that cannot be used.
         called = calling(checkpoint, [*(graph.shape for graph in kept.values()), *shapes], folder)
-        config, calibration = begin(config, checkpoint, former, folder, say)
+        config, checkpoint, calibration = begin(config, checkpoint, former, folder, say)
         kept_fp32 = former.kept_fp32 if former else dict[str, float]()
         if former is None and config.precision == "fp16":
             say("measuring what fp16 cannot hold")
@@ -197,6 +197,7 @@ def _write_weights(
     say: Say,
 ) -> Weights:
     recipes = list({recipe.name: recipe for entry in traced for recipe in entry.recipes}.values())
+    recipes += checkpoint.smoothings
     known = former.weights if former else None
     missing = [recipe for recipe in recipes if known is None or recipe.name not in known.tensors]
     before = calibration.round(missing).get if calibration else unrounded

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from stillgraph.exporter.bundle.tokenizer_files import TOKENIZER
-from stillgraph.exporter.calibration import NONE, SAMPLES
+from stillgraph.exporter.calibration import NONE, SAMPLES, calibration_of
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig, Say
 from stillgraph.exporter.ir.fold_weights import Weight
@@ -32,10 +32,12 @@ from stillgraph.exporter.quantize.sensitivity import (
     of_nearest,
     sensitivity,
 )
+from stillgraph.exporter.quantize.smoothing import smoothings
 from stillgraph.exporter.quantize.text import file_texts
+from stillgraph.exporter.smoothing import Smoothing, shipped_smoothings
 from stillgraph.manifest import Manifest, Precision, Quantization
 
-ALGORITHM = 4  # another number for other numbers: what an earlier version left is not taken up
+ALGORITHM = 5  # another number for other numbers: what an earlier version left is not taken up
 BITS = 4  # what 8 bits cost a model is next to nothing
 BETTER: Precision = "int8"  # for weights that matter
 TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
@@ -46,19 +48,25 @@ SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text i
 
 def begin(
     config: ExportConfig, checkpoint: Checkpoint, former: Manifest | None, folder: Path, say: Say
-) -> tuple[ExportConfig, Calibration | None]:
+) -> tuple[ExportConfig, Checkpoint, Calibration | None]:
     """The calibration that an export was asked for, if any, and the export with what is measured to need more
-    than others: as in the former bundle, which this one adds to, where there is one."""
+    than others, and the checkpoint with what is smoothed: as in the former bundle, which this one adds to,
+    where there is one."""
     how, asked = config.quantization, former.quantization if former else None
-    if how is None or config.calibrate == NONE or not (how.calibration or how.fast_prefill):
-        return config, None
+    if former is not None:
+        checkpoint = checkpoint.smoothed(shipped_smoothings(folder, former))
+    if how is None or config.calibrate == NONE:
+        return config, checkpoint, None
     calibration = Calibration(config, checkpoint, how, folder, say)
+    if former is None:
+        checkpoint = calibration.checkpoint = checkpoint.smoothed(calibration.smoothings())
     if how.mixed:
         how = how.model_copy(update={"better": asked.better if asked else calibration.better()})
     if how.fast_prefill:
         blocked = asked.blocked if asked and asked.fast_prefill else calibration.blocked()
         how = how.model_copy(update={"blocked": blocked})
-    return config.model_copy(update={"quantization": how}), calibration if how.calibration else None
+    config = config.model_copy(update={"quantization": how})
+    return config, checkpoint, calibration if how.calibration else None
 
 
 class Calibration:
@@ -75,6 +83,7 @@ class Calibration:
         key = [
             ALGORITHM,
             checkpoint.sha256,
+            calibration_of(config.calibrate),
             config.target,
             config.precision,
             quantization.model_dump(mode="json"),
@@ -86,6 +95,10 @@ class Calibration:
 
     def texts(self) -> Tensor:
         return self._rounded.texts(self._texts)
+
+    def smoothings(self) -> tuple[Smoothing, ...]:
+        """Scales of channels that move into the weights that read them."""
+        return self._rounded.smoothings(lambda: smoothings(self.checkpoint, self._part(), self._say))
 
     def better(self) -> dict[str, Precision]:
         """Weights that get more bits for the budget, and the precision of them."""

@@ -70,14 +70,15 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
     seconds = IMPORTS + len(shapes) * (GRAPH + LAYER * layers)
     seconds += sum(numbers.values()) * A_WEIGHT[config.precision]
     if config.quantization is not None:
-        if config.calibrate == SAMPLES and stay(weights := sum(map(math.prod, matrices))):
+        weights = sum(map(math.prod, matrices))
+        fast = any(shape.int8_activations for shape in shapes)
+        if config.calibrate != NONE:  # forth for what inputs there are; back as well for what rounding costs
+            seconds += (6 + 8 * fast) * MEASURED * weights / (EFFICIENCY * speed())
+        if config.calibrate == SAMPLES and stay(weights):
             memory = max(memory, BASE + DRAWING * 4 * weights)
-        if any(shape.int8_activations for shape in shapes):
-            disk += sum(map(math.prod, matrices))
-            if config.calibrate != NONE:  # what its inputs' rounding costs: forth, back, and its own products
-                seconds += 8 * MEASURED * sum(map(math.prod, matrices)) / (EFFICIENCY * speed())
+        disk += weights * fast
         if config.quantization.calibration is not None:
-            disk += 1.1 * sum(map(math.prod, matrices))  # codes, a byte each, and scales
+            disk += 1.1 * weights  # codes, a byte each, and scales
             widest = max(columns for _, columns in matrices)
             tokens = tokens_for(matrices)
             memory = max(memory, BASE + HALVES * 4 * tokens * widest)

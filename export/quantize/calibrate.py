@@ -35,7 +35,7 @@ def calibrate(checkpoint: Checkpoint, forms: Forms, ids: Tensor, rounded: Rounde
     ids: int64 [B, S]. A layer whose weights are all in `rounded` is only run. Memory is that of the largest
     layer in fp32, twice of its inputs and of its largest product's moments.
     """
-    model = checkpoint.build("sdpa")
+    model = checkpoint.runnable()
     layers = checkpoint.family.decoder(model).layers
     clock = _Clock(len(layers), say)
     with streamed(checkpoint, model) as embedded:
@@ -48,7 +48,7 @@ def calibrate(checkpoint: Checkpoint, forms: Forms, ids: Tensor, rounded: Rounde
 
 def products(checkpoint: Checkpoint) -> set[str]:
     """The names of the weights of all products in a decoder's layers."""
-    return {name for layer in layer_products(checkpoint, checkpoint.build("sdpa")) for name in layer}
+    return {name for layer in layer_products(checkpoint, checkpoint.runnable()) for name in layer}
 
 
 def layer_products(checkpoint: Checkpoint, model: nn.Module) -> list[dict[str, nn.Linear]]:

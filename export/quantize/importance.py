@@ -27,7 +27,7 @@ TEXTS, LENGTH = 128, 128  # as many tokens as an int4 export takes
 @torch.no_grad()
 def importance(checkpoint: Checkpoint, ids: Tensor) -> dict[str, np.ndarray]:
     """Float32 [K] by the name of each weight [N, K] of the decoder's layers. ids: int64 [B, S]."""
-    model, found = checkpoint.build("sdpa"), dict[str, np.ndarray]()
+    model, found = checkpoint.runnable(), dict[str, np.ndarray]()
 
     def keep(name: str, module: Any, inputs: tuple[Tensor, ...]) -> None:
         found[name] = inputs[0].flatten(0, -2).square().mean(0).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stillgraph.exporter.quantize.rounding import Format, Quantized
+from stillgraph.exporter.smoothing import Smoothing
 
 PARTS = ("codes", "scales", "zeros")
 
@@ -42,6 +44,21 @@ class Rounded:
             staging.replace(path)
         ids: Tensor = load_file(path)["ids"]
         return ids
+
+    def smoothings(self, measure: Callable[[], tuple[Smoothing, ...]]) -> tuple[Smoothing, ...]:
+        """Those of a calibration that was stopped, or what `measure` returns."""
+        path = self.folder / "smoothings"
+        if not path.is_file():
+            found = {json.dumps([one.sources, one.offset]): one.exponents for one in measure()}
+            save_file(found, staging := path.with_suffix(".part"))
+            staging.replace(path)
+        stored = load_file(path)
+        # A dict has an order, a file of tensors none: by name, as a bundle has them.
+        return tuple(
+            Smoothing(tuple(sources), exponents, offset)
+            for key, exponents in sorted(stored.items())
+            for sources, offset in [json.loads(key)]
+        )
 
     def get(self, name: str, form: Format) -> Quantized | None:
         """A weight as it was rounded; None where it was not, or in another form."""

@@ -11,13 +11,13 @@ from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.streaming import streamed
 
-ROWS = 1 << 15  # of the head in fp32 at once
+ROWS = 1 << 11  # of the head in fp32 at once: as many as a cache holds
 
 
 @torch.no_grad()
 def own_texts(checkpoint: Checkpoint, texts: int, length: int, say: Say, seed: int = 0) -> Tensor:
     """Ids [texts, length] as the model itself writes them, each token drawn by its probability."""
-    model, family = checkpoint.build("sdpa"), checkpoint.family
+    model, family = checkpoint.runnable(), checkpoint.family
     decoder = family.decoder(model)
     head = checkpoint.head()
     generator = torch.Generator().manual_seed(seed)

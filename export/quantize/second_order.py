@@ -73,8 +73,9 @@ def quantize_for(matrix: Tensor, moments: Moments, form: Format) -> Quantized:
     weights = matrix.to(torch.float32).T[moments.order]
     columns = _Columns.of(first, moments.order)
     _round_in_turn(columns, weights, moments.factor)
+    sought = moments.damped @ weights  # the same in every pass
     for _ in range(PASSES):
-        _fit_scales(columns, weights, moments.damped)
+        _fit_scales(columns, sought, moments.damped)
         _improve_codes(columns, weights, moments.damped)
     return columns.quantized(first, moments.order)
 
@@ -191,8 +192,9 @@ def _invert(lower: Tensor) -> None:
     below.copy_(last @ below @ first).neg_()
 
 
-def _fit_scales(columns: _Columns, weights: Tensor, moments: Tensor) -> None:
-    """The scales of each row with the least error for its codes: L linear equations a row.
+def _fit_scales(columns: _Columns, sought: Tensor, moments: Tensor) -> None:
+    """The scales of each row with the least error for its codes: L linear equations a row. sought: moments
+    times weights, [K, N].
 
     Columns come block by block here, so that a block's are next to each other, and in a symmetric matrix of
     equations each pair of blocks once.
@@ -200,7 +202,7 @@ def _fit_scales(columns: _Columns, weights: Tensor, moments: Tensor) -> None:
     order = torch.argsort(columns.block, stable=True)
     moments, blocks, size = moments[order][:, order], len(columns.scales), columns.size
     step = max(1, SYSTEMS // (blocks * blocks))
-    for start in range(0, weights.shape[1], step):
+    for start in range(0, sought.shape[1], step):
         rows = slice(start, start + step)
         levels = columns.levels[:, rows][order]
         matrix, products = torch.empty(blocks, blocks, levels.shape[1]), torch.empty_like(levels)
@@ -210,7 +212,7 @@ def _fit_scales(columns: _Columns, weights: Tensor, moments: Tensor) -> None:
             sums = _by_block(products[first:].mul_(levels[first:]), size)
             matrix[block, block:], matrix[block:, block] = sums, sums
         matrix = matrix.permute(2, 0, 1).contiguous()
-        right = _by_block((moments @ weights[:, rows][order]).mul_(levels), size).T
+        right = _by_block(sought[:, rows][order].mul_(levels), size).T
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         diagonal += diagonal.mean(-1, keepdim=True) * 1e-6 + 1e-12
         fitted = torch.linalg.solve(matrix, right).T

@@ -45,7 +45,7 @@ class Cost:
 
 def sensitivity(checkpoint: Checkpoint, added: Added, ids: Tensor, say: Say) -> list[Cost]:
     """What it costs each product of the decoder's layers, by its weight's name. ids: int64 [B, S]."""
-    model = checkpoint.build("sdpa")
+    model = checkpoint.runnable()
     decoder, found = checkpoint.family.decoder(model), list[Cost]()
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     with streamed(checkpoint, model) as embedded, torch.no_grad():

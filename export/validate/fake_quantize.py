@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import linear
 
 from stillgraph.errors import CheckFailed
 from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
+from stillgraph.exporter.smoothing import SAME, Smoothing, smooth
 from stillgraph.exporter.validate.shipped import Shipped
 from stillgraph.manifest import Manifest
 from stillgraph.weight_tensor import Layout, WeightChange, WeightTensor
 
 BLOCKED: tuple[Layout, ...] = ("packed", "columns", "coarse")  # codes of a matrix in blocks, or of a table
 CHANNELS: tuple[Layout, ...] = ("channels",)  # those of one with a scale a row
+FEW = 32  # tokens that show whether a model is the same
 PART = 1 << 15  # rows of a head that are in fp32 at once
 TURN = WeightChange(op="Transpose", argument=(1, 0))
 
@@ -48,6 +53,23 @@ def dequantize(model: torch.nn.Module, bundle: Path, manifest: Manifest, channel
                 assert manifest.quantization is not None
                 head = RefinedHead(parameters[source], rounded, manifest.quantization.refine)
                 model.set_output_embeddings(head)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def smooth_unchanged(model: Any, tied: str | None, smoothings: Sequence[Smoothing], ids: np.ndarray) -> None:
+    """Smooth PyTorch's model as a bundle says, which must leave it the same. ids: int64 [B, N].
+
+    tied: its embedding, where that is its head too. Raises CheckFailed where its logits are others then.
+    """
+    if not smoothings:
+        return
+    given = torch.from_numpy(ids[:1, :FEW])
+    before = model(input_ids=given).logits
+    smooth(model, tied, smoothings)
+    apart = (model(input_ids=given).logits - before).abs().max() / before.abs().max()
+    if not apart <= SAME:
+        problem = f"smoothed weights give another model: its logits move by {apart:.1e} of the largest"
+        raise CheckFailed("validate", problem, "export the bundle again")
 
 
 def is_calibrated(stored: WeightTensor, manifest: Manifest) -> bool:

@@ -19,6 +19,7 @@ from stillgraph.cpu import cpu_name
 from stillgraph.errors import StillgraphError
 from stillgraph.exporter.checkpoint import Checkpoint, open_checkpoint
 from stillgraph.exporter.config import Say
+from stillgraph.exporter.smoothing import shipped_smoothings
 from stillgraph.exporter.staging import staged_file
 from stillgraph.exporter.texts.passages import Text, default_texts, read_texts
 from stillgraph.exporter.trace.half_range import beyond, magnitudes
@@ -33,7 +34,7 @@ from stillgraph.exporter.validate.cases import (
 )
 from stillgraph.exporter.validate.chunks import EXTENTS
 from stillgraph.exporter.validate.dynamic_replay import dynamic_replay
-from stillgraph.exporter.validate.fake_quantize import dequantize
+from stillgraph.exporter.validate.fake_quantize import dequantize, smooth_unchanged
 from stillgraph.exporter.validate.gates import Gate, gate, why
 from stillgraph.exporter.validate.golden import make_golden
 from stillgraph.exporter.validate.image import with_picture, without_pictures
@@ -123,6 +124,8 @@ class Proof:
         model: nn.Module = self.checkpoint.load()
         if part.quantization is not None:
             self.say("giving PyTorch's model the quantized weights")
+            smoothings = shipped_smoothings(self.bundle, part)
+            smooth_unchanged(model, self.checkpoint.tied, smoothings, self.ids("random"))
             dequantize(model, self.bundle, part, _int8_activations(part))
         found: dict[TextKind, Reference] = {}
         for kind in dict.fromkeys(plan.text for plan in plans):

@@ -82,7 +82,7 @@ def test_a_request() -> None:
             INT4 | {"calibrate": "samples", "kl": 0.1, "budget": 5.0},
             ("--budget 5 and --kl 0.1", "one of them"),
         ),
-        ({"calibrate": "text"}, ("--calibrate does nothing", "--precision fp32", "--precision int4")),
+        ({"calibrate": "text"}, ("--calibrate does nothing", "--precision fp32", "--precision int8 or int4")),
         ({"batch": 0}, ("--batch 0", "1 or more")),
         ({"batch": -2}, ("--batch -2", "1 or more")),
     ],

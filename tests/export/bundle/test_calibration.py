@@ -16,6 +16,7 @@ from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.config import decode_shape, prefill_shape, request
 from stillgraph.exporter.precisions import PRECISIONS
+from stillgraph.exporter.smoothing import shipped_smoothings
 from stillgraph.exporter.validate.fake_quantize import stored_as
 from stillgraph.exporter.validate.shipped import Shipped
 from stillgraph.exporter.validate.validate import validate
@@ -45,7 +46,8 @@ def calibrated(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 def shipped(bundle: Path) -> dict[str, np.ndarray]:
     """The numbers of each quantized tensor of the checkpoint."""
-    manifest, checkpoint = read(bundle), open_checkpoint(read(bundle).source.id)
+    manifest = read(bundle)
+    checkpoint = open_checkpoint(manifest.source.id).smoothed(shipped_smoothings(bundle, manifest))
     file, found = Shipped(bundle, manifest), {}
     for source, stored in stored_as(manifest, channels=False).items():
         above = sum(len(checkpoint.tensor(name)) for name in stored.sources[: stored.sources.index(source)])
