@@ -86,9 +86,14 @@ class Checkpoint:
             self._finite.add(name)
         return tensor
 
+    @property
+    def head_name(self) -> str:
+        """The matrix that scores the vocabulary: one of its own, or the embedding."""
+        return HEAD if HEAD in self.tensors else self.tied or HEAD
+
     def head(self) -> torch.Tensor:
-        """The matrix that scores the vocabulary, mapped: one of its own, or the embedding."""
-        return self.tensor(HEAD if HEAD in self.tensors else self.tied or HEAD)
+        """That matrix, as `tensor` has it."""
+        return self.tensor(self.head_name)
 
     def smoothed(self, smoothings: tuple[Smoothing, ...]) -> Checkpoint:
         """The same checkpoint, whose tensors are smoothed when they are read."""

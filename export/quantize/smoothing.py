@@ -6,7 +6,7 @@ which products is seen while the model runs; that the whole is the same model is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillgraph.exporter.checkpoint import HEAD, Checkpoint
+from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
-from stillgraph.exporter.quantize.calibrate import layer_products
 from stillgraph.exporter.smoothing import SAME, Smoothing
 from stillgraph.exporter.streaming import streamed
 
@@ -28,22 +27,16 @@ def smoothings(checkpoint: Checkpoint, ids: Tensor, say: Say) -> tuple[Smoothing
     another one by them."""
     model = checkpoint.runnable()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decoder = checkpoint.family.decoder(model)
-    seen = [_Layer(names, found) for found in layer_products(checkpoint, model)]
-    for index, (layer, one) in enumerate(zip(decoder.layers, seen, strict=True)):
-        layer.register_forward_pre_hook(partial(_tell, say, f"layer {index + 1} of {len(seen)}"))
-        one.hook(layer)
-    last = _Squares()
-    decoder.norm.register_forward_hook(lambda norm, inputs, output: last.add(output))
+    decoder, found = checkpoint.family.decoder(model), list[Smoothing]()
+    for index, layer in enumerate(decoder.layers):
+        layer.register_forward_pre_hook(partial(_tell, say, f"layer {index + 1} of {len(decoder.layers)}"))
+        _Layer(names, found).hook(layer)
     with torch.no_grad(), streamed(checkpoint, model) as embedded:
         hidden = decoder(input_ids=embedded(ids), use_cache=False).last_hidden_state
-        head = checkpoint.head()
-        norm = names[id(decoder.norm.weight)]
-        found = [one for layer in seen for one in layer.found]
-        if _plain_norm(decoder.norm):
-            readers = (HEAD if HEAD in checkpoint.tensors else checkpoint.tied or HEAD,)
-            found.append(_of(norm, readers, last.root(), _largest(head), _offset(decoder.norm)))
-    if _same(checkpoint.smoothed(tuple(found)), ids[:1], hidden[:1]):
+        if last := _plain_norm(decoder.norm):
+            sources = names[id(decoder.norm.weight)], checkpoint.head_name
+            found.append(_of(sources, hidden, [checkpoint.head()], _offset(decoder.norm)))
+    if _same(checkpoint.smoothed(tuple(found)), ids[:1], hidden[:1], last):
         return tuple(found)
     say("Inputs of products stay as they are: smoothed, the model would be another one.")
     return ()
@@ -54,30 +47,11 @@ def _tell(say: Say, line: str, *_: Any) -> None:
 
 
 @dataclass
-class _Squares:
-    """The mean square of each channel of inputs [.., C] that come in parts."""
-
-    total: Tensor | None = None
-    count: int = 0
-
-    def add(self, inputs: Tensor) -> None:
-        flat = inputs.flatten(0, -2)
-        squares = flat.square().sum(0)
-        self.total = squares if self.total is None else self.total + squares
-        self.count += len(flat)
-
-    def root(self) -> Tensor:
-        assert self.total is not None
-        return (self.total / self.count).sqrt()
-
-
-@dataclass
 class _Layer:
     """What makes channels in a layer and what reads them, as it runs."""
 
     names: Mapping[int, str]  # of parameters, by identity
-    products: Mapping[str, nn.Linear]
-    found: list[Smoothing] = field(default_factory=list)
+    found: list[Smoothing]
     _made: list[tuple[nn.Module, Tensor]] = field(default_factory=list)  # norms, and what they gave
     _read: list[tuple[nn.Linear, Tensor]] = field(default_factory=list)  # products, and what they were given
 
@@ -101,21 +75,24 @@ class _Layer:
         self._made, self._read = [], []
 
     def _add(self, maker: Any, readers: list[nn.Linear], x: Tensor, offset: float) -> None:
-        squares = _Squares()
-        squares.add(x)
-        largest = torch.stack([_largest(module.weight) for module in readers]).amax(0)
-        names = tuple(self.names[id(module.weight)] for module in readers)
-        self.found.append(_of(self.names[id(maker)], names, squares.root(), largest, offset))
+        weights = [module.weight for module in readers]
+        sources = tuple(self.names[id(weight)] for weight in (maker, *weights))
+        self.found.append(_of(sources, x, weights, offset))
 
 
-def _of(maker: str, readers: tuple[str, ...], inputs: Tensor, weights: Tensor, offset: float) -> Smoothing:
-    """Scales by the root of a channel's inputs [C] over its largest weight [C], and 1 in the mean."""
+def _of(sources: tuple[str, ...], x: Tensor, readers: Sequence[Tensor], offset: float) -> Smoothing:
+    """Scales by the root of each channel's inputs over its largest weight, and 1 in the mean.
+
+    x: what readers, [N, C] each, are given: [.., C], of which the root of the mean square counts.
+    """
     tiny = torch.finfo(torch.float32).tiny
+    inputs = x.flatten(0, -2).square().mean(0).sqrt()
+    weights = torch.stack([_largest(reader) for reader in readers]).amax(0)
     scales = 0.5 * torch.log2(inputs.clamp_min(tiny) / weights.clamp_min(tiny))
     alive = (inputs > 0) & (weights > 0)
     middle = scales[alive].mean() if bool(alive.any()) else torch.zeros(())
     exponents = torch.where(alive, (scales - middle).round(), 0.0).clamp_(-MOST, MOST)
-    return Smoothing((maker, *readers), exponents.to(torch.int8), offset)
+    return Smoothing(sources, exponents.to(torch.int8), offset)
 
 
 def _largest(weight: Tensor) -> Tensor:
@@ -140,17 +117,13 @@ def _offset(norm: nn.Module) -> float:
     return found
 
 
-def _same(smoothed: Checkpoint, ids: Tensor, hidden: Tensor) -> bool:
-    """Whether a smoothed model's last state [B, S, hidden], divided by the head's scales, is `hidden`."""
+def _same(smoothed: Checkpoint, ids: Tensor, hidden: Tensor, last: bool) -> bool:
+    """Whether a smoothed model's last state is `hidden` [B, S, C], but for the head's scales where `last`
+    says that its smoothing is the last one."""
     model = smoothed.runnable()
     decoder = smoothed.family.decoder(model)
     with torch.no_grad(), streamed(smoothed, model) as embedded:
         found = decoder(input_ids=embedded(ids), use_cache=False).last_hidden_state
-    last = smoothed.smoothings[-1]
-    if last.sources[0].startswith(_prefix(model, decoder.norm)):
-        found = found * torch.exp2(last.exponents.float())
+    if last:
+        found = found * torch.exp2(smoothed.smoothings[-1].exponents.float())
     return bool((found - hidden).abs().max() <= SAME * hidden.abs().max())
-
-
-def _prefix(model: nn.Module, wanted: nn.Module) -> str:
-    return next(f"{name}." for name, module in model.named_modules() if module is wanted)
