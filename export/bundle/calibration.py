@@ -37,12 +37,13 @@ from stillgraph.exporter.quantize.text import file_texts
 from stillgraph.exporter.smoothing import Smoothing, shipped_smoothings
 from stillgraph.manifest import Manifest, Precision, Quantization
 
-ALGORITHM = 5  # another number for other numbers: what an earlier version left is not taken up
+ALGORITHM = 6  # another number for other numbers: what an earlier version left is not taken up
 BITS = 4  # what 8 bits cost a model is next to nothing
 BETTER: Precision = "int8"  # for weights that matter
 TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
 FEWEST, WORK = 4096, 3e12  # at least, and tokens times weights: more would take too long
 MEASURED, SHARE = 2048, 4  # tokens that say which weights matter: at most, and one in so many of all
+START = 2  # tokens of a short prompt
 SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text is, whatever their number
 
 
@@ -127,10 +128,15 @@ class Calibration:
         def say(line: str) -> None:
             self._say(f"measuring what the fast prefill may round: {line}")
 
+        ids = self._part()
+        # A decoder's first token may have inputs far larger than all others, and what that costs is lost in
+        # the mean over a text; a prompt may be as short.
+        starts = ids.flatten()[: ids.numel() // START * START].view(-1, START)
+        whole, short = (sensitivity(self.checkpoint, of_int8_rows, texts, say) for texts in (ids, starts))
         costs = [
-            cost
-            for cost in sensitivity(self.checkpoint, of_int8_rows, self._part(), say)
-            if self.plan.precision_of((cost.name,)) in QUANTIZED
+            max(pair, key=lambda cost: cost.nats)
+            for pair in zip(whole, short, strict=True)
+            if self.plan.precision_of((pair[0].name,)) in QUANTIZED
         ]
         chosen = dearest(costs, PRECISIONS[self.config.precision].fast_kl)
         numbers = sum(cost.numbers for cost in chosen)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from stillgraph.errors import CheckFailed
+from stillgraph.exporter.bundle import calibration
 from stillgraph.exporter.bundle.build import export
 from stillgraph.exporter.checkpoint import open_checkpoint
 from stillgraph.exporter.config import decode_shape, prefill_shape, request
@@ -134,3 +135,27 @@ def test_a_fast_prefill_leaves_in_blocks_what_it_would_round_too_coarsely(
     assert parity.passed
     export(config, shapes[:1], replace=False, say=quietly)
     assert read(config.place).quantization == quantization
+
+
+def test_what_is_dear_for_a_short_prompt_alone_stays_in_blocks(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs of a text's first token may be far larger than others, and the mean over a text hides them."""
+    real = calibration.sensitivity
+    dear = "model.layers.1.mlp.down_proj"
+
+    def costs(checkpoint: Any, added: Any, ids: Any, say: Any) -> list[Any]:
+        short = ids.shape[1] == calibration.START
+        return [
+            replace(cost, nats=1.0 if short and cost.name == f"{dear}.weight" else 0.0)
+            for cost in real(checkpoint, added, ids, say)
+        ]
+
+    monkeypatch.setattr(calibration, "sensitivity", costs)
+    values = {"model": str(tiny_checkpoint()), "target": "onnxruntime", "precision": "int8", "batch": 1}
+    how = {"block_size": 32, "fast_prefill": True, "calibrate": "samples"}
+    config = request(**values, **how, out=tmp_path / "bundle")
+    export(config, [prefill_shape(config, 8, CTX)], replace=True, say=quietly)
+    quantization = read(config.place).quantization
+    assert quantization is not None
+    assert quantization.blocked == (dear,)
