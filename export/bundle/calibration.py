@@ -43,7 +43,7 @@ BETTER: Precision = "int8"  # for weights that matter
 TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
 FEWEST, WORK = 4096, 3e12  # at least, and tokens times weights: more would take too long
 MEASURED, SHARE = 2048, 4  # tokens that say which weights matter: at most, and one in so many of all
-START = 2  # tokens of a short prompt
+START, START_KL = 2, 0.05  # tokens of a short prompt, and nats that it may cost: a quarter of the bound
 SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text is, whatever their number
 
 
@@ -132,13 +132,17 @@ class Calibration:
         # A decoder's first token may have inputs far larger than all others, and what that costs is lost in
         # the mean over a text; a prompt may be as short.
         starts = ids.flatten()[: ids.numel() // START * START].view(-1, START)
-        whole, short = (sensitivity(self.checkpoint, of_int8_rows, texts, say) for texts in (ids, starts))
-        costs = [
-            max(pair, key=lambda cost: cost.nats)
-            for pair in zip(whole, short, strict=True)
-            if self.plan.precision_of((pair[0].name,)) in QUANTIZED
-        ]
-        chosen = dearest(costs, PRECISIONS[self.config.precision].fast_kl)
+        costs, short = (
+            [
+                cost
+                for cost in sensitivity(self.checkpoint, of_int8_rows, texts, say)
+                if self.plan.precision_of((cost.name,)) in QUANTIZED
+            ]
+            for texts in (ids, starts)
+        )
+        names = {cost.name for cost in dearest(costs, PRECISIONS[self.config.precision].fast_kl)}
+        names |= {cost.name for cost in dearest(short, START_KL)}
+        chosen = [cost for cost in costs if cost.name in names]
         numbers = sum(cost.numbers for cost in chosen)
         nats = sum(cost.nats for cost in costs) - sum(cost.nats for cost in chosen)
         line = f"{len(chosen)} of {len(costs)} products of the fast prefill stay in blocks, {numbers} numbers"
