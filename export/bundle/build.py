@@ -102,13 +102,13 @@ def export(
         _carry(checkpoint, folder, say)
         # Before any work, since it refuses files that cannot be used.
         called = calling(checkpoint, [*(graph.shape for graph in kept.values()), *shapes], folder)
-        config, checkpoint, calibration = begin(config, checkpoint, former, folder, say)
+        config, smoothed, calibration = begin(config, checkpoint, former, folder, say)
         kept_fp32 = former.kept_fp32 if former else dict[str, float]()
         if former is None and config.precision == "fp16":
             say("measuring what fp16 cannot hold")
             kept_fp32 = beyond(checkpoint_magnitudes(checkpoint, folder, called.tokens))
-        traced = [_trace(checkpoint, shape, config, kept_fp32, say) for shape in shapes]
-        stored = _write_weights(folder, checkpoint, traced, former, calibration, say)
+        traced = [_trace(smoothed, shape, config, kept_fp32, say) for shape in shapes]
+        stored = _write_weights(folder, smoothed, traced, former, calibration, say)
         graphs = kept | {
             entry.shape.name: _write_graph(folder, checkpoint, entry, stored) for entry in traced
         }

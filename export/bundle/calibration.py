@@ -54,20 +54,18 @@ def begin(
     than others, and the checkpoint with what is smoothed: as in the former bundle, which this one adds to,
     where there is one."""
     how, asked = config.quantization, former.quantization if former else None
-    if former is not None:
-        checkpoint = checkpoint.smoothed(shipped_smoothings(folder, former))
+    found = shipped_smoothings(folder, former) if former else ()
     if how is None or config.calibrate == NONE:
-        return config, checkpoint, None
+        return config, checkpoint.smoothed(found), None
     calibration = Calibration(config, checkpoint, how, folder, say)
-    if former is None:
-        checkpoint = calibration.checkpoint = checkpoint.smoothed(calibration.smoothings())
+    smoothed = calibration.checkpoint = checkpoint.smoothed(found if former else calibration.smoothings())
     if how.mixed:
         how = how.model_copy(update={"better": asked.better if asked else calibration.better()})
     if how.fast_prefill:
         blocked = asked.blocked if asked and asked.fast_prefill else calibration.blocked()
         how = how.model_copy(update={"blocked": blocked})
     config = config.model_copy(update={"quantization": how})
-    return config, checkpoint, calibration if how.calibration else None
+    return config, smoothed, calibration if how.calibration else None
 
 
 class Calibration:
