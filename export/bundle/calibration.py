@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format
 from stillgraph.exporter.quantize.samples import own_texts
 from stillgraph.exporter.quantize.sensitivity import (
+    Added,
     Cost,
     choose,
     dearest,
@@ -37,13 +39,13 @@ from stillgraph.exporter.quantize.text import file_texts
 from stillgraph.exporter.smoothing import Smoothing, shipped_smoothings
 from stillgraph.manifest import Manifest, Precision, Quantization
 
-ALGORITHM = 6  # another number for other numbers: what an earlier version left is not taken up
+ALGORITHM = 7  # another number for other numbers: what an earlier version left is not taken up
 BITS = 4  # what 8 bits cost a model is next to nothing
 BETTER: Precision = "int8"  # for weights that matter
 TOKENS, A_COLUMN = 16384, 12  # at most, and for each column of the widest weight
 FEWEST, WORK = 4096, 3e12  # at least, and tokens times weights: more would take too long
 MEASURED, SHARE = 2048, 4  # tokens that say which weights matter: at most, and one in so many of all
-START, START_KL = 2, 0.05  # tokens of a short prompt, and nats that it may cost: a quarter of the bound
+START, START_KL = 2, 0.05  # tokens of a short prompt, and nats it may lose: a quarter of what is allowed
 SAMPLED, READ = 128, 512  # tokens of a text: sampling takes as long as a text is, whatever their number
 
 
@@ -61,6 +63,7 @@ def begin(
     smoothed = calibration.checkpoint = checkpoint.smoothed(found if former else calibration.smoothings())
     if how.mixed:
         how = how.model_copy(update={"better": asked.better if asked else calibration.better()})
+        calibration.plan = replace(calibration.plan, quantization=how)
     if how.fast_prefill:
         blocked = asked.blocked if asked and asked.fast_prefill else calibration.blocked()
         how = how.model_copy(update={"blocked": blocked})
@@ -123,21 +126,15 @@ class Calibration:
         return found
 
     def _blocked(self) -> list[str]:
-        def say(line: str) -> None:
-            self._say(f"measuring what the fast prefill may round: {line}")
-
         ids = self._part()
-        # A decoder's first token may have inputs far larger than all others, and what that costs is lost in
-        # the mean over a text; a prompt may be as short.
         starts = ids.flatten()[: ids.numel() // START * START].view(-1, START)
-        costs, short = (
-            [
-                cost
-                for cost in sensitivity(self.checkpoint, of_int8_rows, texts, say)
-                if self.plan.precision_of((cost.name,)) in QUANTIZED
-            ]
-            for texts in (ids, starts)
-        )
+        (costs,) = self._prefill_costs([of_int8_rows], ids)
+        # What a short prompt loses is lost in the mean over a text. Blocks of four bits cost it more as well.
+        rows, blocks = self._prefill_costs([of_int8_rows, self._of_blocks], starts)
+        short = [
+            replace(cost, nats=max(0.0, cost.nats - other.nats))
+            for cost, other in zip(rows, blocks, strict=True)
+        ]
         names = {cost.name for cost in dearest(costs, PRECISIONS[self.config.precision].fast_kl)}
         names |= {cost.name for cost in dearest(short, START_KL)}
         chosen = [cost for cost in costs if cost.name in names]
@@ -147,6 +144,19 @@ class Calibration:
         self._say(f"{line}, and the others cost {nats:.3f} nats")
         return _names(chosen)
 
+    def _prefill_costs(self, kinds: Sequence[Added], ids: Tensor) -> list[list[Cost]]:
+        def say(line: str) -> None:
+            self._say(f"measuring what the fast prefill may round: {line}")
+
+        return [
+            [cost for cost in costs if self.plan.precision_of((cost.name,)) in QUANTIZED]
+            for costs in sensitivity(self.checkpoint, kinds, ids, say)
+        ]
+
+    def _of_blocks(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
+        precision = self.plan.precision_of((name,))
+        return of_nearest(self.plan.form(precision))(name, x, weight) if precision in QUANTIZED else 0 * x
+
     def _better(self) -> list[str]:
         few, many = (self.plan.form(precision) for precision in (CALIBRATED, BETTER))
         names = {name for name in products(self.checkpoint) if self.plan.precision_of((name,)) == CALIBRATED}
@@ -154,7 +164,7 @@ class Calibration:
         def say(line: str) -> None:
             self._say(f"measuring which weights matter: {line}")
 
-        costs = sensitivity(self.checkpoint, of_nearest(few), self._part(), say)
+        (costs,) = sensitivity(self.checkpoint, [of_nearest(few)], self._part(), say)
         costs, how = [cost for cost in costs if cost.name in names], self.quantization
         chosen, bits = choose(costs, few, many, how.budget, how.kl)
         nats = sum(cost.nats for cost in costs) - sum(cost.nats for cost in chosen)

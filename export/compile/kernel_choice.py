@@ -23,6 +23,7 @@ from stillgraph.exporter.ir.fold_weights import Recipe
 from stillgraph.exporter.ort import session_options
 from stillgraph.exporter.precisions import PRECISIONS
 from stillgraph.exporter.quantize import nodes as ops
+from stillgraph.exporter.quantize.int8_rows import int8_product
 from stillgraph.exporter.quantize.layouts import Matrix, Part
 from stillgraph.exporter.quantize.lower import IR_VERSION
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
@@ -177,7 +178,7 @@ def _product(
     if stored is None:
         matrix = builder.constant(weights.T.contiguous().numpy().copy(), shared=False)
         return builder.op("MatMul", [x, matrix], (*ops.shape_of(x)[:-1], shape[0]))
-    product = ops.int8_product if stored.form.pair_safe else ops.blocked_product
+    product = int8_product if stored.form.pair_safe else ops.blocked_product
     return product(builder, x, Matrix(Recipe((name,), shape), stored.form))
 
 

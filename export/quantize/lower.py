@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 from stillgraph.exporter.ir.fold_weights import Recipe, Weight
 from stillgraph.exporter.precisions import CALIBRATED, PRECISIONS, QUANTIZED
 from stillgraph.exporter.quantize import nodes as ops
+from stillgraph.exporter.quantize.int8_rows import int8_product
 from stillgraph.exporter.quantize.layouts import Matrix, matrix_of
 from stillgraph.exporter.quantize.refined_head import refined_rows, refined_scores
 from stillgraph.exporter.quantize.rounding import Format
@@ -165,7 +166,7 @@ def _replace(builder: ops.Builder, node: ir.Node, matrix: Matrix, plan: StorageP
         result = ops.dequantized_product(builder, operand, matrix)
     elif plan.fast and shape[-2] > 1 and not plan.is_blocked(matrix.recipe.sources):
         channels = Matrix(matrix.recipe, Format.channel(matrix.columns))
-        result = ops.int8_product(builder, operand, channels)
+        result = int8_product(builder, operand, channels)
     else:
         result = ops.blocked_product(builder, operand, matrix)
     builder.put_in_place_of(node, result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -14,9 +15,21 @@ from stillgraph.exporter.quantize.layouts import Matrix, Part
 from stillgraph.exporter.targets import MICROSOFT
 
 ACCURACY = 4  # MatMulNBits: activations in int8, one scale for each block of them
-TINY = 1e-30  # for the largest activation of a row of zeros: what 0 / 0 is as uint8 differs by CPU
 HALVES = 2
 Attribute = int | str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """x [.., S, K] in uint8 around 128, and the scale [.., S, 1] of each row.
+
+    scaled: that x; x itself may be it times a factor, which is in `scale` as well.
+    """
+
+    scaled: ir.Value
+    own_scale: ir.Value
+    codes: ir.Value
+    scale: ir.Value
 
 
 class Builder:
@@ -24,7 +37,8 @@ class Builder:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.parts: dict[str, Part] = {}
-        self.quantized_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` got
+        self.quantized_rows: dict[ir.Value, QuantizedRows] = {}  # by what `int8_product` got
+        self.finer_codes: dict[ir.Value, ir.Value] = {}  # with those of its first rows' lower 8 bits behind
         self.scaled_rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # by what `int8_product` made
         self._graph = graph
         self._inputs: dict[str, ir.Value] = {}
@@ -147,59 +161,6 @@ def rows_of(to: Builder, ids: ir.Value, matrix: Matrix, bits: int, parts: Sequen
     return to.op("Slice", [rows, *bounds], (*shape_of(ids), matrix.columns))
 
 
-def int8_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
-    """x @ W.T with a scale for each row of x and each row of W; the form's block is a whole row of W.
-
-    The scale of a row of x is its largest magnitude / 127. Rows do not depend on each other, so that what
-    stands in the padding of a prompt changes nothing. x is quantized once for all products that read it.
-    `scaled_rows` keeps what the result was before each row had its scale, and that scale [.., 1].
-    """
-    if x not in to.quantized_rows:
-        to.quantized_rows[x] = _quantized_rows(to, x)
-    codes, scale = to.quantized_rows[x]
-    weights, scales = to.weight(layouts.channels(matrix)), to.weight(layouts.channel_scales(matrix))
-    one, middle = to.constant(np.array(1, np.float32)), to.constant(np.array(128, np.uint8))
-    inputs, shape = [codes, weights, one, scales, middle], (*shape_of(x)[:-1], matrix.rows)
-    product = to.op("MatMulIntegerToFloat", inputs, shape, domain=MICROSOFT)
-    scaled = to.op("Mul", [product, scale], shape)
-    to.scaled_rows[scaled] = product, scale
-    return scaled
-
-
-def _quantized_rows(to: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """x as uint8 around 128, and the scale of each row [.., 1].
-
-    Unsigned, because products of signed activations are slow on x86. Where x is something times a product
-    with a scale for each row, its codes are made before that scale, which they do not depend on.
-    """
-    x, factor = _without_scale(to, x)
-    *rows, columns = shape_of(x)
-    last, count = (*rows, 1), math.prod(rows)
-    magnitudes = to.op("Abs", [x], (*rows, columns))
-    largest = to.op("ReduceMax", [magnitudes, to.constant(np.array([-1]))], last, keepdims=1)
-    above = to.op("Max", [largest, to.constant(np.array(TINY, np.float32))], last)
-    scale = to.op("Mul", [above, to.constant(np.array(1 / 127, np.float32))], last)
-    flat = (*rows, columns) if count == rows[-1] else (count, columns)  # scales lie along one axis
-    zeros = to.constant(np.full(count, 128, np.uint8))
-    inputs = [_reshaped(to, x, flat), _reshaped(to, scale, (count,)), zeros]
-    codes = to.op("QuantizeLinear", inputs, flat, ir.DataType.UINT8, axis=len(flat) - 2)
-    if factor is not None:
-        scale = to.op("Mul", [scale, factor], last)
-    return _reshaped(to, codes, (*rows, columns)), scale
-
-
-def _without_scale(to: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """x without the scale of its rows, and that scale [.., 1]; x and None where it has none of its own."""
-    node = x.producer()
-    if node is None or node.op_type != "Mul":
-        return x, None
-    for value, other in (node.inputs, node.inputs[::-1]):
-        if value in to.scaled_rows and other is not None and shape_of(other) == shape_of(value):
-            product, scale = to.scaled_rows[value]
-            return to.op("Mul", [other, product], shape_of(x)), scale
-    return x, None
-
-
 def dequantized_product(to: Builder, x: ir.Value, matrix: Matrix) -> ir.Value:
     """x @ W.T by a blocked DequantizeLinear in the layout that ONNX Runtime makes MatMulNBits of."""
     return to.op("MatMul", [x, _dequantized(to, matrix)], (*shape_of(x)[:-1], matrix.rows))
@@ -214,12 +175,12 @@ def gather_columns(to: Builder, ids: ir.Value, matrix: Matrix) -> ir.Value:
     """
     shape = (*shape_of(ids), matrix.columns)
     count = math.prod(shape_of(ids))
-    flat = _reshaped(to, ids, (count,))
+    flat = reshaped(to, ids, (count,))
     if matrix.form.bits == 4 and matrix.rows % HALVES:
         columns = to.op("Gather", [_dequantized(to, matrix), flat], (matrix.columns, count), axis=1)
     else:
         columns = _gathered_columns(to, flat, matrix, count)
-    return _reshaped(to, to.op("Transpose", [columns], (count, matrix.columns), perm=[1, 0]), shape)
+    return reshaped(to, to.op("Transpose", [columns], (count, matrix.columns), perm=[1, 0]), shape)
 
 
 def _dequantized(to: Builder, matrix: Matrix) -> ir.Value:
@@ -260,7 +221,7 @@ def _gathered_codes(to: Builder, ids: ir.Value, part: Part, count: int) -> ir.Va
     return to.op("BitwiseXor", [codes, to.constant(np.array(8, np.uint8))], shape, uint8)
 
 
-def _reshaped(to: Builder, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+def reshaped(to: Builder, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
     if shape_of(value) == shape:
         return value
     dtype = value.dtype

@@ -10,7 +10,7 @@ layer, give it for every product. Shapes: B texts of S tokens, N rows and K colu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
 from stillgraph.exporter.few_bits import block_bits
 from stillgraph.exporter.quantize.calibrate import layer_products
+from stillgraph.exporter.quantize.int8_rows import FIRST, is_finer
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.exporter.quantize.samples import drawn
 from stillgraph.exporter.streaming import empty, streamed
@@ -43,10 +44,10 @@ class Cost:
     nats: float
 
 
-def sensitivity(checkpoint: Checkpoint, added: Added, ids: Tensor, say: Say) -> list[Cost]:
-    """What it costs each product of the decoder's layers, by its weight's name. ids: int64 [B, S]."""
+def sensitivity(checkpoint: Checkpoint, kinds: Sequence[Added], ids: Tensor, say: Say) -> list[list[Cost]]:
+    """What each kind of rounding costs each product of the decoder's layers. ids: int64 [B, S]."""
     model = checkpoint.runnable()
-    decoder, found = checkpoint.family.decoder(model), list[Cost]()
+    decoder, found = checkpoint.family.decoder(model), [list[Cost]() for _ in kinds]
     calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     with streamed(checkpoint, model) as embedded, torch.no_grad():
         hooks = [
@@ -63,8 +64,9 @@ def sensitivity(checkpoint: Checkpoint, added: Added, ids: Tensor, say: Say) -> 
         names = layer_products(checkpoint, model)
         for index in reversed(range(len(names))):
             say(f"back to layer {index + 1} of {len(names)}")
-            costs, gradient = _back(calls.pop(), names[index], gradient, added)
-            found += costs
+            costs, gradient = _back(calls.pop(), names[index], gradient, kinds)
+            for known, more in zip(found, costs, strict=True):
+                known += more
     return found
 
 
@@ -88,14 +90,14 @@ def _back(
     call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]],
     products: Mapping[str, nn.Linear],
     gradient: Tensor,
-    added: Added,
-) -> tuple[list[Cost], Tensor]:
+    kinds: Sequence[Added],
+) -> tuple[list[list[Cost]], Tensor]:
     """What a layer's products cost, and the gradient by its input. call: the layer, and what it is given."""
     layer, inputs, options = call
-    seen: dict[str, tuple[Tensor, Tensor]] = {}  # output, and what rounding adds to it
+    seen: dict[str, tuple[Tensor, list[Tensor]]] = {}  # output, and what each kind adds to it
 
     def keep(name: str, module: nn.Linear, x: Tensor, output: Tensor) -> None:
-        seen[name] = output, added(name, x.detach(), module.weight.detach())
+        seen[name] = output, [added(name, x.detach(), module.weight.detach()) for added in kinds]
 
     hooks = [
         module.register_forward_hook(lambda m, x, y, name=name: keep(name, m, x[0], y))
@@ -108,17 +110,18 @@ def _back(
         back, *gradients = torch.autograd.grad(output, wanted, gradient)
     for hook in hooks:
         hook.remove()
+    known = [(name, errors, g) for (name, (_, errors)), g in zip(seen.items(), gradients, strict=True)]
     costs = [
-        Cost(
-            name,
-            products[name].weight.numel(),
-            products[name].weight.shape[1],
-            float((g * error).sum(-1).square().mean()) / 2,
-        )
-        for (name, (_, error)), g in zip(seen.items(), gradients, strict=True)
+        [_cost(name, products[name].weight, errors[kind], g) for name, errors, g in known]
+        for kind in range(len(kinds))
     ]
     empty(layer)
     return costs, back
+
+
+def _cost(name: str, weight: Tensor, error: Tensor, gradient: Tensor) -> Cost:
+    nats = float((gradient * error).sum(-1).square().mean()) / 2
+    return Cost(name, weight.numel(), weight.shape[1], nats)
 
 
 def of_nearest(form: Format) -> Added:
@@ -133,9 +136,12 @@ def of_nearest(form: Format) -> Added:
 
 
 def of_int8_rows(name: str, x: Tensor, weight: Tensor) -> Tensor:
-    """What `int8_product` adds: inputs in 8 bits, one scale a token, and weights, one a channel."""
+    """What `int8_product` adds: inputs in 8 bits, one scale a token, and weights, one a channel. x: [B, S, K]
+    of texts that are calls of their own."""
     scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / LARGEST
     rounded, stored = (x / scale).round_() * scale, quantize(weight, Format.channel(weight.shape[1]))
+    if is_finer(*weight.shape):
+        rounded[..., :FIRST, :] = x[..., :FIRST, :]
     return functional.linear(rounded, stored.dequantize()) - functional.linear(x, weight)
 
 

@@ -21,6 +21,7 @@ from stillgraph.exporter import weights
 from stillgraph.exporter.ir.fold_weights import Recipe
 from stillgraph.exporter.quantize import layouts
 from stillgraph.exporter.quantize import nodes as ops
+from stillgraph.exporter.quantize.int8_rows import int8_product
 from stillgraph.exporter.quantize.layouts import Matrix
 from stillgraph.exporter.quantize.lower import IR_VERSION, StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, Quantized, _without_large_pairs
@@ -38,7 +39,7 @@ PATTERNS = ("all +", "all -", "alternating", "pairs", "random", "random too")
 
 Op = Callable[[ops.Builder, ir.Value, Matrix], ir.Value]
 OPS: dict[str, Op] = {
-    "channel": ops.int8_product,
+    "channel": int8_product,
     "blocked": ops.blocked_product,
     "dequantized": ops.dequantized_product,
     "table": ops.gather_table,

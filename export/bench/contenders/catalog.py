@@ -101,6 +101,7 @@ PEERS = (
         (TORCH, "openvino==2026.4.1", "optimum-intel[openvino]==2.2.0", "transformers==4.57.6"),
         {
             "openvino-int4": "OpenVINO int4, embedding 8 bits",
+            "openvino-int4-awq": "OpenVINO int4, AWQ and scale estimation",
             "openvino-int4-all": "OpenVINO int4, embedding too",
         },
         removed=("torchvision",),  # built for another torch, and transformers imports it when it is there

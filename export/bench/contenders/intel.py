@@ -1,6 +1,6 @@
 """OpenVINO's runtime as one contender; and the int4 models that optimum-intel writes.
 
-python intel.py prepare CHECKPOINT MODELS    # openvino-int4 and openvino-int4-all folders
+python intel.py prepare CHECKPOINT MODELS    # a folder openvino-... for each of FORMS
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ import openvino
 from openvino import opset13
 from transformers4 import folder_for_transformers4
 
-# `int4` is the usual form, with an embedding of 8 bits; `int4-all` is symmetric and 4 bits throughout
-FORMS = {"int4": [], "int4-all": ["--sym", "--all-layers"]}
+# `int4` is the usual form, with an embedding of 8 bits; `int4-awq` is made for texts that its own tool has
+# the model write; `int4-all` is symmetric and 4 bits throughout
+FORMS = {
+    "int4": [],
+    "int4-awq": ["--awq", "--scale-estimation", "--dataset", "auto"],
+    "int4-all": ["--sym", "--all-layers"],
+}
 
 
 class Intel:
@@ -79,7 +84,10 @@ def prepare(checkpoint: Path, models: Path) -> None:
     rows = [config[name] for name in ("hidden_size", "intermediate_size")]
     group = str(next(size for size in (128, 64, 32) if not any(row % size for row in rows)))
     for form, options in FORMS.items():
-        beside = models / f"openvino-{form}.part"  # a folder that exists is complete
+        made = models / f"openvino-{form}"  # a folder that exists is complete
+        if made.exists():
+            continue
+        beside = made.with_suffix(".part")
         export = [
             sys.executable,
             "-m",
@@ -93,7 +101,7 @@ def prepare(checkpoint: Path, models: Path) -> None:
         subprocess.run(
             [*export, "--ratio", "1.0", *options, str(beside)], check=True, stdout=subprocess.DEVNULL
         )
-        beside.replace(models / f"openvino-{form}")
+        beside.replace(made)
 
 
 def open_contender(request: Any) -> Intel:

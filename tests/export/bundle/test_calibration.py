@@ -142,13 +142,15 @@ def test_what_is_dear_for_a_short_prompt_alone_stays_in_blocks(
 ) -> None:
     """Inputs of a text's first token may be far larger than others, and the mean over a text hides them."""
     real = calibration.sensitivity
-    dear = "model.layers.1.mlp.down_proj"
+    dear, also = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
-    def costs(checkpoint: Any, added: Any, ids: Any, say: Any) -> list[Any]:
+    def costs(checkpoint: Any, kinds: Any, ids: Any, say: Any) -> list[list[Any]]:
+        """Of kinds: int8 a token; over short prompts blocks as well, which cost another product as much."""
         short = ids.shape[1] == calibration.START
+        given = [(f"{dear}.weight", f"{also}.weight"), (f"{also}.weight",)]
         return [
-            replace(cost, nats=1.0 if short and cost.name == f"{dear}.weight" else 0.0)
-            for cost in real(checkpoint, added, ids, say)
+            [replace(cost, nats=1.0 if short and cost.name in given[kind] else 0.0) for cost in found]
+            for kind, found in enumerate(real(checkpoint, kinds, ids, say))
         ]
 
     monkeypatch.setattr(calibration, "sensitivity", costs)

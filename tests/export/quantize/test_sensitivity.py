@@ -42,7 +42,7 @@ def coarse_rows(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 def test_it_foretells_the_divergence_of_each_product(tiny_checkpoint: Any, family: str, added: Added) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint(family=family)))
     ids = own_texts(checkpoint, 48, 24, lambda line: None)
-    costs = sensitivity(checkpoint, added, ids, lambda line: None)
+    (costs,) = sensitivity(checkpoint, [added], ids, lambda line: None)
     model = checkpoint.load()
     modules = {f"{name}.weight": module for name, module in model.named_modules()}
     with torch.no_grad():
