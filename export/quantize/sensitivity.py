@@ -80,7 +80,7 @@ def _of_loss(checkpoint: Checkpoint, decoder: Any, hidden: Tensor) -> Tensor:
             start = part.detach().requires_grad_()
             logits = checkpoint.family.logits(decoder.config, functional.linear(decoder.norm(start), head))
         by_logits = logits.detach().softmax(-1)  # and 1 less for the token that is drawn
-        token = drawn(by_logits, generator)
+        token = drawn(by_logits, torch.rand(len(part), 1, generator=generator, dtype=torch.float64))
         by_logits.scatter_add_(1, token, torch.full_like(token, -1, dtype=by_logits.dtype))
         gradients += torch.autograd.grad(logits, start, by_logits)
     return torch.cat(gradients).view(hidden.shape)

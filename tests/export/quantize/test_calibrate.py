@@ -15,7 +15,7 @@ from stillgraph.exporter.quantize import second_order
 from stillgraph.exporter.quantize.calibrate import calibrate, products
 from stillgraph.exporter.quantize.rounded import Rounded
 from stillgraph.exporter.quantize.rounding import Format, Quantized, quantize
-from stillgraph.exporter.quantize.samples import own_texts
+from stillgraph.exporter.quantize.samples import TOGETHER, own_texts
 from stillgraph.exporter.quantize.second_order import Moments, quantize_for
 from stillgraph.exporter.quantize.text import file_texts
 
@@ -136,17 +136,18 @@ def test_texts_are_made_once(tmp_path) -> None:
 def test_own_texts_are_what_the_model_is_likely_to_write(tiny_checkpoint) -> None:
     """Drawn one after the other from transformers' own odds with the same numbers."""
     checkpoint = open_checkpoint(str(tiny_checkpoint(vocab_size=40)))
-    found = own_texts(checkpoint, 3, 12, quietly)
+    texts = TOGETHER + 1
+    found = own_texts(checkpoint, texts, 12, quietly)
     model, generator = checkpoint.load(), torch.Generator().manual_seed(0)
-    ids = torch.full((3, 1), 2)
+    ids = torch.full((texts, 1), 2)
     with torch.no_grad():
         for _ in range(11):
             odds = model(input_ids=ids).logits[:, -1].softmax(-1).double().numpy()
-            drawn = torch.rand(3, 1, generator=generator, dtype=torch.float64).numpy()
+            drawn = torch.rand(texts, 1, generator=generator, dtype=torch.float64).numpy()
             new = [int((np.cumsum(row) <= at * row.sum()).sum()) for row, at in zip(odds, drawn, strict=True)]
             ids = torch.cat([ids, torch.tensor(new)[:, None]], dim=1)
     assert torch.equal(found, ids)
-    assert not torch.equal(found, own_texts(checkpoint, 3, 12, quietly, seed=1))
+    assert not torch.equal(found, own_texts(checkpoint, texts, 12, quietly, seed=1))
 
 
 def test_a_files_pieces_lie_over_all_of_it(tiny_checkpoint, tmp_path, refused) -> None:
