@@ -1,9 +1,10 @@
-"""The memory of the machine: what is free, and when freed blocks go back to it."""
+"""The memory of the machine: what is free, in which pages it comes, and when freed blocks go back to it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -18,6 +19,14 @@ def free_at_once() -> None:
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # no such library, or no such function
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
+def use_large_pages() -> None:
+    """Have torch ask Linux for pages of 2 MB for what is that large, if it has made no such tensor yet.
+
+    A tenth of a calibration's time: pages of 4 kB are made one by one, for every tensor anew.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def available_memory() -> float | None:

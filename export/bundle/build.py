@@ -39,7 +39,7 @@ from stillgraph.exporter.ir.simplify import (
     same_outputs,
     simplify,
 )
-from stillgraph.exporter.memory import free_at_once
+from stillgraph.exporter.memory import free_at_once, use_large_pages
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.staging import staged
 from stillgraph.exporter.trace.half_range import beyond, checkpoint_magnitudes
@@ -85,6 +85,7 @@ def export(
     was.
     """
     free_at_once()
+    use_large_pages()
     say("reading the checkpoint")
     checkpoint = open_checkpoint(config.model)
     former = None if replace or not (config.place / MANIFEST).is_file() else read(config.place)

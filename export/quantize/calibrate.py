@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import Say
@@ -108,8 +107,10 @@ class _Layer:
             moments = self._moments_of(inputs, rows[1])
             found = quantize_for(compensated(weight, moments, *rows), moments, form)
             self.rounded.add(name, found)
-        products = functional.linear(exact, weight, bias), functional.linear(met, found.dequantize(), bias)
-        return torch.cat(products)
+        products = torch.empty(*inputs.shape[:-1], len(weight))
+        for some, of, by in zip(products.chunk(2), (exact, met), (weight, found.dequantize()), strict=True):
+            torch.mm(of.flatten(0, -2), by.T, out=some.view(-1, len(by)))
+        return products if bias is None else products.add_(bias)
 
     def _moments_of(self, inputs: Tensor, met: Tensor) -> Moments:
         """Of inputs that rounding has changed; once for all products that take the same ones."""

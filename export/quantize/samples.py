@@ -29,7 +29,7 @@ def own_texts(checkpoint: Checkpoint, texts: int, length: int, say: Say, seed: i
     head = checkpoint.head()
     generator = torch.Generator().manual_seed(seed)
     widened = torch.empty(min(ROWS, len(head)), head.shape[1])
-    scores = torch.empty(texts, len(head))
+    scores, sums = torch.empty(texts, len(head)), torch.empty(TOGETHER, len(head), dtype=torch.float64)
     ids = torch.full((texts, length), first_token(decoder.config))
     cache = Cache(layer_class_to_replicate=partial(_Allocated, length))
     with streamed(checkpoint, model, again=True) as embedded:
@@ -41,8 +41,8 @@ def own_texts(checkpoint: Checkpoint, texts: int, length: int, say: Say, seed: i
             sought = torch.rand(texts, 1, generator=generator, dtype=torch.float64)
             for start in range(0, texts, TOGETHER):
                 some = slice(start, start + TOGETHER)
-                odds = family.logits(decoder.config, scores[some]).softmax(-1)
-                ids[some, step : step + 1] = drawn(odds, sought[some])
+                odds = functional.softmax(family.logits(decoder.config, scores[some]), -1)
+                ids[some, step : step + 1] = drawn(odds, sought[some], sums)
     return ids
 
 
@@ -78,9 +78,12 @@ def _score(hidden: Tensor, head: Tensor, widened: Tensor, scores: Tensor) -> Non
         scores[:, start : start + len(part)] = functional.linear(hidden, widened[: len(part)].copy_(part))
 
 
-def drawn(odds: Tensor, at: Tensor) -> Tensor:
-    """Tokens [B, 1] by odds [B, V] and float64 numbers [B, 1] from 0 to 1: where the sum of odds is that."""
-    sums = odds.cumsum(-1, dtype=torch.float64)
+def drawn(odds: Tensor, at: Tensor, sums: Tensor) -> Tensor:
+    """Tokens [B, 1] by odds [B, V] and float64 numbers [B, 1] from 0 to 1: where the sum of odds is that.
+
+    sums: float64 [B or more, V], to work in.
+    """
+    sums = sums[: len(odds)].copy_(odds).cumsum_(-1)
     return torch.searchsorted(sums, at * sums[:, -1:], right=True).clamp_(max=odds.shape[1] - 1)
 
 

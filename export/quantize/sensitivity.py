@@ -74,13 +74,15 @@ def _of_loss(checkpoint: Checkpoint, decoder: Any, hidden: Tensor) -> Tensor:
     """The gradient [B, S, hidden] of the summed losses of drawn tokens, by what the last layer returns."""
     head = checkpoint.head().to(torch.float32)
     generator = torch.Generator().manual_seed(GUESSES)
+    sums = torch.empty(TOKENS, len(head), dtype=torch.float64)
     gradients = list[Tensor]()
     for part in torch.split(hidden.flatten(0, 1), TOKENS):
         with torch.enable_grad():
             start = part.detach().requires_grad_()
             logits = checkpoint.family.logits(decoder.config, functional.linear(decoder.norm(start), head))
         by_logits = logits.detach().softmax(-1)  # and 1 less for the token that is drawn
-        token = drawn(by_logits, torch.rand(len(part), 1, generator=generator, dtype=torch.float64))
+        at = torch.rand(len(part), 1, generator=generator, dtype=torch.float64)
+        token = drawn(by_logits, at, sums)
         by_logits.scatter_add_(1, token, torch.full_like(token, -1, dtype=by_logits.dtype))
         gradients += torch.autograd.grad(logits, start, by_logits)
     return torch.cat(gradients).view(hidden.shape)
