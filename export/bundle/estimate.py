@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from stillgraph.errors import StillgraphError
-from stillgraph.exporter.bundle.calibration import MEASURED, measured_for, tokens_for
+from stillgraph.exporter.bundle.calibration import BETTER, MEASURED, measured_for, tokens_for
 from stillgraph.exporter.calibration import NONE, SAMPLES
 from stillgraph.exporter.checkpoint import Checkpoint
 from stillgraph.exporter.config import ExportConfig
@@ -39,7 +39,7 @@ DRAWING = 1.1  # of the layers in fp32, while samples are drawn
 IMPORTS, GRAPH, LAYER = 10.0, 4.0, 0.3  # seconds of a start, of a graph, and of each of its layers
 A_WEIGHT = {"fp32": 6e-9, "fp16": 10e-9, "int8": 30e-9, "int4": 45e-9}  # seconds to write a number, and check
 EFFICIENCY = 0.4  # of a product's speed in all that a calibration does
-PASSES = 10  # over each column of a matrix, in products with all others, to round it
+PASSES = 7  # over each column of a matrix, in products with all others, to round it
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def estimate(config: ExportConfig, checkpoint: Checkpoint, shapes: Sequence[Grap
             widest = max(columns for _, columns in matrices)
             tokens = tokens_for(matrices)
             memory = max(memory, BASE + HALVES * 4 * tokens * widest)
-            seconds += _operations(matrices, tokens) / (EFFICIENCY * speed())
+            seconds += _operations(matrices, tokens, _rounded(config)) / (EFFICIENCY * speed())
     return Estimate(disk, memory, seconds)
 
 
@@ -124,12 +124,22 @@ def speed() -> float:
     return 2.0 * size**3 / min(times)
 
 
-def _operations(matrices: Sequence[tuple[int, ...]], tokens: int) -> float:
-    """Of a calibration: samples drawn, a part of them forth and back, all twice through the layers, and each
-    matrix rounded for the moments of its inputs."""
+def _rounded(config: ExportConfig) -> float:
+    """The share of the layers' numbers that is rounded to four bits; the others get eight."""
+    how = config.quantization
+    if how is None or not how.mixed:
+        return 1.0
+    plan = StoragePlan(config.target, config.precision, how)
+    few, many = (bits_of(form, form.block) for form in (plan.form(CALIBRATED), plan.form(BETTER)))
+    return min(1.0, max(0.0, (many - (how.budget or BUDGET)) / (many - few)))
+
+
+def _operations(matrices: Sequence[tuple[int, ...]], tokens: int, rounded: float) -> float:
+    """Of a calibration: samples drawn, a part of them forth and back, all twice through the layers, and a
+    share of the matrices rounded for the moments of their inputs."""
     texts = sum(map(math.prod, matrices)) * (6 * tokens + 8 * measured_for(tokens))
     moments = sum(columns**2 * (tokens + columns) for _, columns in matrices)
-    return texts + moments + 2 * PASSES * sum(rows * columns**2 for rows, columns in matrices)
+    return texts + rounded * (moments + 2 * PASSES * sum(rows * columns**2 for rows, columns in matrices))
 
 
 def _cache_bytes(checkpoint: Checkpoint, shape: GraphShape) -> int:

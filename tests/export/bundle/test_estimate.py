@@ -61,6 +61,23 @@ def test_a_calibration_takes_more_of_everything(tiny_checkpoint: Callable[..., P
     assert calibrated.seconds > plain.seconds
 
 
+def test_weights_of_eight_bits_are_not_rounded_for_their_inputs(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny_checkpoint(**WIDE)
+    monkeypatch.setattr(room, "speed", lambda: 1e6)
+    few, half, many = (
+        estimate(
+            asked(checkpoint, tmp_path, "int4", calibrate="samples", budget=bits),
+            open_checkpoint(str(checkpoint)),
+            DECODE,
+        )
+        for bits in (4.5625, (4.5625 + 8.5) / 2, 8.5)  # of blocks of 64 with zero points, and without at int8
+    )
+    assert few.seconds > half.seconds > many.seconds
+    assert half.seconds == pytest.approx((few.seconds + many.seconds) / 2, rel=1e-3)
+
+
 def test_layers_stay_in_memory_while_samples_are_drawn_where_half_of_it_is_free(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,20 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 
-from stillgraph.exporter import weights
-from stillgraph.exporter.ir.fold_weights import Weight, take_out
 from stillgraph.exporter.quantize.int8_rows import FIRST
-from stillgraph.exporter.quantize.lower import StoragePlan, lower
+from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.exporter.quantize.sensitivity import of_int8_rows
 from stillgraph.manifest import Quantization
+from tests.products import floats, store, unstored
 
 pytestmark = pytest.mark.kernels
 K = 96
@@ -44,18 +41,10 @@ def run(x: np.ndarray, rows: int, folder: Path) -> np.ndarray:
         helper.make_node("Transpose", ["w.weight"], ["wt"], perm=[1, 0]),
         helper.make_node("MatMul", ["x", "wt"], ["y"]),
     ]
-    value = helper.make_tensor_value_info
-    ports = [value("x", TensorProto.FLOAT, x.shape), value("y", TensorProto.FLOAT, (*x.shape[:-1], rows))]
-    stored = [helper.make_tensor("w.weight", TensorProto.FLOAT, [rows, K], np.zeros((rows, K)))]
-    proto = helper.make_model(
-        helper.make_graph(nodes, "test", ports[:1], ports[1:], stored),
-        opset_imports=[helper.make_opsetid("", 20)],
-    )
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-    recipes = lower(model, list[Weight](take_out(model, ("w.weight",))), FAST)
-    written = weights.write(folder, recipes, lambda name: matrix(rows))
-    weights.save_graph(model, written, folder / "graph.onnx")
-    found: np.ndarray = ort.InferenceSession(str(folder / "graph.onnx")).run(None, {"x": x})[0]
+    ports = floats({"x": x.shape}), floats({"y": (*x.shape[:-1], rows)})
+    made = unstored(nodes, *ports, {"w.weight": (rows, K)})
+    path, _ = store(made, FAST, lambda name: matrix(rows), folder)
+    found: np.ndarray = ort.InferenceSession(str(path)).run(None, {"x": x})[0]
     return found
 
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from stillgraph.exporter import weights
-from stillgraph.exporter.ir.fold_weights import Weight, take_out
+from stillgraph.exporter.ir.fold_weights import Weight
 from stillgraph.exporter.ir.simplify import static_problem
 from stillgraph.exporter.quantize import layouts
 from stillgraph.exporter.quantize.lower import StoragePlan, lower
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Precision, Quantization, Target, Weights
 from stillgraph.spec import GraphShape
+from tests.products import floats, store, unstored
 
 pytestmark = pytest.mark.kernels
 V, N, K = 7, 5, 80  # entries, rows of weights, columns: odd, odd, and not a multiple of a block
@@ -60,18 +60,12 @@ class Case:
             helper.make_node("Transpose", ["embed.weight"], ["head"], perm=[1, 0]),
             helper.make_node("MatMul", ["rows", "head"], ["logits"]),
         ]
-        shape, float32 = [2, self.tokens], TensorProto.FLOAT
+        shape = (2, self.tokens)
         widths = {"rows": self.columns, "y": N, "logits": self.entries}
-        outputs = [helper.make_tensor_value_info(n, float32, [*shape, width]) for n, width in widths.items()]
-        names = ["embed.weight", "q.weight", "kk.weight"]
-        stored = [helper.make_tensor(n, float32, s := self.tensor(n).shape, np.zeros(s)) for n in names]
         ids = helper.make_tensor_value_info("ids", TensorProto.INT64, shape)
-        graph = helper.make_graph(nodes, "test", [ids], outputs, stored)
-        opset = [helper.make_opsetid("", 20)]
-        model = ir.from_proto(
-            onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=opset))
-        )
-        return model, list[Weight](take_out(model, names))
+        outputs = floats({name: (*shape, width) for name, width in widths.items()})
+        tensors = {name: self.tensor(name).shape for name in ("embed.weight", "q.weight", "kk.weight")}
+        return unstored(nodes, [ids], outputs, tensors)
 
     def ids(self) -> np.ndarray:
         return np.arange(2 * self.tokens).reshape(2, self.tokens) % self.entries
@@ -82,11 +76,7 @@ def plan(target: Target, precision: Precision, *, fast: bool = False, **values: 
 
 
 def lowered(case: Case, how: StoragePlan, folder: Path) -> tuple[Path, Weights]:
-    model, recipes = case.model()
-    recipes = lower(model, recipes, how)
-    stored = weights.write(folder, recipes, case.tensor)
-    weights.save_graph(model, stored, folder / "graph.onnx")
-    return folder / "graph.onnx", stored
+    return store(case.model(), how, case.tensor, folder)
 
 
 def run(path: Path, ids: np.ndarray, optimized: bool = True) -> dict[str, np.ndarray]:

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 
-from stillgraph.exporter import weights
-from stillgraph.exporter.ir.fold_weights import Weight, take_out
-from stillgraph.exporter.quantize.lower import StoragePlan, lower
+from stillgraph.exporter.quantize.lower import StoragePlan
 from stillgraph.exporter.quantize.rounding import Format, quantize
 from stillgraph.manifest import Quantization
+from tests.products import floats, store, unstored
 
 pytestmark = pytest.mark.kernels
 K = 48
@@ -45,17 +43,10 @@ def graph(
         helper.make_node("Transpose", ["d.weight"], ["dt"], perm=[1, 0]),
         helper.make_node("MatMul", ["gated", "dt"], ["down"]),
     ]
-    value = helper.make_tensor_value_info
-    ports = [value(name, TensorProto.FLOAT, [batch, tokens, K]) for name in ("x", *outputs)]
-    stored = [helper.make_tensor(name, TensorProto.FLOAT, [K, K], np.zeros((K, K))) for name in NAMES]
-    proto = helper.make_model(
-        helper.make_graph(nodes, "test", ports[:1], ports[1:], stored),
-        opset_imports=[helper.make_opsetid("", 20)],
-    )
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-    recipes = lower(model, list[Weight](take_out(model, NAMES)), FAST)
-    weights.save_graph(model, weights.write(folder, recipes, tensor), folder / "graph.onnx")
-    return folder / "graph.onnx"
+    shape = (batch, tokens, K)
+    ports = floats({"x": shape}), floats(dict.fromkeys(outputs, shape))
+    made = unstored(nodes, *ports, dict.fromkeys(NAMES, (K, K)))
+    return store(made, FAST, tensor, folder)[0]
 
 
 @pytest.mark.parametrize("factors", [("x", "up"), ("up", "x")])
