@@ -101,16 +101,20 @@ class _Layer:
         """Of inputs [2 B, S, K]: the first half by the weight as it is, the second by the rounded one."""
         form, weight, bias = self.forms[name], module.weight, module.bias
         found = self.rounded.get(name, form)
-        exact, met = inputs.chunk(2)
+        exact, met = (half.flatten(0, -2) for half in inputs.chunk(2))
         if found is None:
-            rows = exact.flatten(0, -2), met.flatten(0, -2)
-            moments = self._moments_of(inputs, rows[1])
-            found = quantize_for(compensated(weight, moments, *rows), moments, form)
+            moments = self._moments_of(inputs, met)
+            found = quantize_for(compensated(weight, moments, exact, met), moments, form)
             self.rounded.add(name, found)
         products = torch.empty(*inputs.shape[:-1], len(weight))
-        for some, of, by in zip(products.chunk(2), (exact, met), (weight, found.dequantize()), strict=True):
-            torch.mm(of.flatten(0, -2), by.T, out=some.view(-1, len(by)))
-        return products if bias is None else products.add_(bias)
+        # Each half is written where it belongs: joining them would copy all, half a GB of a wide product.
+        halves = products.view(-1, len(weight)).chunk(2)
+        for half, of, by in zip(halves, (exact, met), (weight, found.dequantize()), strict=True):
+            if bias is None:
+                torch.mm(of, by.T, out=half)
+            else:
+                torch.addmm(bias, of, by.T, out=half)
+        return products
 
     def _moments_of(self, inputs: Tensor, met: Tensor) -> Moments:
         """Of inputs that rounding has changed; once for all products that take the same ones."""

@@ -82,7 +82,7 @@ def _score(hidden: Tensor, head: Tensor, widened: Tensor, scores: Tensor) -> Non
 def drawn(odds: Tensor, at: Tensor, sums: Tensor) -> Tensor:
     """Tokens [B, 1] by odds [B, V] and float64 numbers [B, 1] from 0 to 1: where the sum of odds is that.
 
-    sums: float64 [B or more, V], to work in.
+    One number each, where `multinomial` takes one for each entry. sums: float64 [B or more, V], to work in.
     """
     sums = sums[: len(odds)].copy_(odds).cumsum_(-1)
     return torch.searchsorted(sums, at * sums[:, -1:], right=True).clamp_(max=odds.shape[1] - 1)
