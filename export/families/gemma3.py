@@ -10,6 +10,7 @@ from transformers.models.gemma3 import modeling_gemma3 as gemma3
 
 from stillgraph.exporter.families import decoder_family, layer_types, softcapped
 from stillgraph.patches.fused_attention import fused_attention
+from stillgraph.patches.ordered_rotary import ordered_rotary
 
 
 def refuse(config: Any) -> str | None:
@@ -38,5 +39,6 @@ FAMILY = decoder_family(
     ropes=lambda config: {kind: config.rope_parameters[kind] for kind in config.layer_types},
     rope_types=("default", "linear"),
     rotary=rotary,
+    traced=lambda config: (ordered_rotary(gemma3.Gemma3RotaryEmbedding),),
     logits=softcapped,
 )
