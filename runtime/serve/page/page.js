@@ -4,6 +4,7 @@ const at = (id) => document.getElementById(id);
 const [chat, form, prompt, send, again] = ["chat", "form", "prompt", "send", "again"].map(at);
 const image = at("image");
 let worker, messages = [], files = [], answer = null, takesChats = true;
+let missing = null; // what to say of a file that neither a server nor the kept copies have
 
 // A module whose only function is (result v128) i32.const 0, i8x16.splat, i8x16.popcnt.
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
@@ -23,6 +24,7 @@ async function offline() {
   const { serviceWorker } = navigator;
   if (!serviceWorker) return;
   try {
+    serviceWorker.onmessage = ({ data: [kind, told] }) => HEARD[kind](told);
     await serviceWorker.register("sw.js");
     await serviceWorker.ready;
     if (!serviceWorker.controller) await new Promise((done) => (serviceWorker.oncontrollerchange = done));
@@ -48,6 +50,18 @@ const HEARD = {
     document.body.dataset.state = "ready";
     prompt.focus();
     measured(memory);
+    const kept = navigator.serviceWorker?.controller;
+    if (kept) kept.postMessage(null);
+    else worksOffline("no", "This browser keeps no files of the page: it must be of this machine or come by https, and have service workers");
+  },
+  settled() {
+    if (at("offline").textContent === "–") worksOffline("yes", "All that the page needs is kept: it can be loaded without a server");
+  },
+  lost(path) {
+    worksOffline("no", `${path} could not be kept: the browser or the disk has too little room`);
+  },
+  missing(path) {
+    missing = `${path} is not here: no server answers, and no copy of it was kept; run 'stillgraph serve' again and load the page.`;
   },
   step({ text, ttft, tpot }) {
     if (!answer) return;
@@ -87,7 +101,8 @@ function add(kind, text) {
 function wrong(message) {
   at("loading")?.remove();
   if (answer && !answer.textContent) answer.remove();
-  add("wrong", message);
+  add("wrong", missing ?? message);
+  missing = null;
   document.body.dataset.state = "wrong";
 }
 
@@ -126,6 +141,11 @@ function stop() {
 
 function measured(memory) {
   at("memory").textContent = `${(memory / 1e6).toFixed(0)} MB`;
+}
+
+function worksOffline(shown, why) {
+  at("offline").textContent = shown;
+  at("offline").parentElement.title = why;
 }
 
 form.onsubmit = (event) => {

@@ -2,18 +2,30 @@
 
 const CACHE = "stillgraph";
 const PAGE = ["./", "page.css", "page.js"]; // fetched before this was there
+const puts = new Set(); // what is being kept, as promises
 
 self.addEventListener("install", (event) => {
-  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(PAGE)).then(() => self.skipWaiting()));
+  const kept = caches.open(CACHE).then((cache) => cache.addAll(PAGE));
+  event.waitUntil(kept.catch(() => null).then(() => self.skipWaiting())); // the page works without them
 });
 
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 
+self.addEventListener("message", (event) => event.waitUntil(settle(event.source)));
+
 self.addEventListener("fetch", (event) => {
   const { request } = event, { origin, pathname, search } = new URL(request.url);
   if (request.method !== "GET" || origin !== location.origin || pathname.startsWith("/v1/")) return;
-  event.respondWith(search ? keptFirst(event) : freshFirst(event));
+  const answer = search ? keptFirst(event) : freshFirst(event);
+  event.respondWith(answer.catch((error) => tell("missing", request).then(() => Promise.reject(error))));
 });
+
+// The page asks, once it has all that it needs; whatever is not kept was told before this is.
+async function settle(page) {
+  await Promise.all(puts);
+  for (const path of PAGE) if (!(await caches.match(path))) await tell("lost", new Request(path));
+  page.postMessage(["settled"]);
+}
 
 async function keptFirst(event) {
   return (await caches.match(event.request)) ?? fetched(event);
@@ -31,8 +43,24 @@ async function freshFirst(event) {
 
 async function fetched(event) {
   const response = await fetch(event.request);
-  const copy = response.clone(), cache = await caches.open(CACHE);
-  if (response.ok) event.waitUntil(cache.put(event.request, copy).catch(() => cache.delete(event.request)));
-  else if (response.status === 404) event.waitUntil(cache.delete(event.request));
+  const put = keep(event.request, response.clone()).finally(() => puts.delete(put));
+  puts.add(put);
+  event.waitUntil(put);
   return response;
+}
+
+async function keep(request, response) {
+  const cache = await caches.open(CACHE);
+  try {
+    if (response.ok) await cache.put(request, response);
+    else if (response.status === 404) await cache.delete(request);
+  } catch {
+    await cache.delete(request); // there is no room for it, or it broke off
+    await tell("lost", request);
+  }
+}
+
+async function tell(kind, { url }) {
+  const path = new URL(url).pathname.slice(1) || "The page itself";
+  for (const page of await self.clients.matchAll({ type: "window" })) page.postMessage([kind, path]);
 }

@@ -21,6 +21,8 @@ from tests.runtime.serve.serving import serving
 pytestmark = pytest.mark.skipif(chromium() is None, reason="needs chromium")
 UNFETCHED = "needs the page's packages, which .ci/run has npm fetch"
 STATE = "document.body.dataset.state"
+OFFLINE = "document.getElementById('offline')"
+KEPT = f"{OFFLINE}.textContent.length > 1 && {OFFLINE}.textContent"  # a dash until all is kept, or is not
 ASK = """document.getElementById("prompt").value = "hey", document.getElementById("form").requestSubmit()"""
 
 
@@ -33,7 +35,7 @@ def bundle(tiny_bundle, tmp_path_factory):
 def browser():
     if not packages():
         pytest.skip(UNFETCHED)
-    with Browser() as page:
+    with Browser("--incognito") as page:  # in memory: on a disk with little room files of 14 MB are not kept
         yield page
 
 
@@ -56,6 +58,7 @@ def test_golden_then_a_stop_then_no_server(browser, bundle) -> None:
         browser.until(f"{STATE} === 'ready'")
         stopped = browser.value(shown)
         assert browser.value("document.querySelector('.note, .wrong')?.textContent") is None
+        assert browser.until(KEPT) == "yes"
     browser.open(server.url)  # nothing listens there any more
     assert browser.until(f"document.querySelector('.assistant') === null && {STATE}") == "ready"
     browser.value(ASK)
@@ -64,6 +67,27 @@ def test_golden_then_a_stop_then_no_server(browser, bundle) -> None:
     assert whole.startswith(stopped)
     assert len(stopped) < len(whole)
     assert "ms" in browser.value("document.getElementById('ttft').textContent")
+
+
+@pytest.mark.parametrize("quota", [1, 1_000_000])
+def test_what_could_not_be_kept_is_told(bundle, quota) -> None:
+    """Of 1 MB the page, the bundle and all packages but WebAssembly's 14 MB are kept, of one byte nothing."""
+    if not packages():
+        pytest.skip(UNFETCHED)
+    with Browser() as browser:
+        with serving(load(bundle, threads=1)) as server:
+            browser.call("Storage.overrideQuotaForOrigin", origin=server.url, quotaSize=quota)
+            browser.open(server.url)
+            assert browser.until(STATE) == "ready"
+            assert browser.until(KEPT) == "no"
+            assert "could not be kept" in browser.value(f"{OFFLINE}.parentElement.title")
+            browser.value(ASK)
+            browser.until(f"{STATE} === 'ready' && document.querySelector('.assistant')?.textContent")
+        if quota > 1:
+            browser.open(server.url)
+            assert browser.until(f"document.querySelector('.assistant') === null && {STATE}") == "wrong"
+            told = browser.value("document.querySelector('.wrong').textContent")
+            assert told.startswith("packages/ort-wasm-simd-threaded.wasm is not here: no server answers")
 
 
 def test_a_picture_goes_with_a_message(browser, tiny_bundle, tmp_path) -> None:
