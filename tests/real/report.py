@@ -12,7 +12,8 @@ from __future__ import annotations
 import html
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import stillgraph
@@ -24,6 +25,7 @@ TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 TABLES = {"smollm2": "smollm2-135m", "gemma3": "gemma-3-270m"}
 BUNDLES = ("fp32", "int8", "int4")
 TOKENS = 48
+RUN, LOOP = 4, 0.3  # tokens, and the share of runs said before that makes an answer one that loops
 QUESTIONS = (
     "What is the capital of France?",
     "Name three fruits.",
@@ -46,6 +48,10 @@ QUESTIONS = (
     "How does a bicycle stay upright?",
     "What is democracy?",
 )
+SUBJECTS = """a volcano, democracy, a neuron, the Internet, bread, an atom, jazz, a glacier, the moon,
+a library, gravity, a virus, inflation, a desert, the heart, an engine, a whale, chess, electricity, a bridge,
+rice, a comet, the alphabet, a rainbow, a battery, sleep, a river, a telescope, football, a seed"""
+FORMS = ("What is {}?", "Explain {} to a child.", "Write two sentences about {}.", "Why is {} important?")
 BEGINNINGS = (
     "The capital of France is",
     "Three fruits that grow on trees are",
@@ -70,22 +76,71 @@ BEGINNINGS = (
 )
 
 
-def texts(engine: Engine, prompts: tuple[str, ...], chat: bool) -> Iterator[str]:
-    """A line of text for each prompt."""
+@dataclass(frozen=True)
+class Answer:
+    """Ids of a prompt, ids of what came after it, and that as text."""
+
+    prompt: list[int]
+    ids: list[int]
+    text: str
+
+
+def answers(engine: Engine, prompts: tuple[str, ...], chat: bool) -> Iterator[Answer]:
     for prompt in prompts:
-        given = [{"role": "user", "content": prompt}] if chat else prompt
-        steps = engine.stream(given, max_new_tokens=TOKENS)
-        words = html.escape("".join(step.text for step in steps), quote=False).replace("|", "\\|").split()
-        yield " ".join(words)
+        given = engine.ids([{"role": "user", "content": prompt}] if chat else prompt)
+        steps = list(engine.stream(given, max_new_tokens=TOKENS))
+        yield Answer(given, [step.token for step in steps], "".join(step.text for step in steps))
+
+
+def surprise(engine: Engine, found: Sequence[Answer]) -> float:
+    """Nats that a token of the answers surprises a model by: the mean of -log p, each after those before."""
+    scored = [
+        -step.logprob
+        for one in found
+        for step in engine.score([*one.prompt, *one.ids], start=len(one.prompt))
+    ]
+    return sum(scored) / len(scored)
+
+
+def repeated(found: Sequence[Sequence[int]]) -> float:
+    """The share of runs of `RUN` tokens that were in the same answer before."""
+    runs = [[tuple(ids[at : at + RUN]) for at in range(len(ids) - RUN + 1)] for ids in found]
+    return sum(len(each) - len(set(each)) for each in runs) / sum(map(len, runs))
+
+
+def loops(name: str) -> str:
+    """How many answers of each bundle say mostly the same again, of more questions than anyone reads."""
+    subjects = SUBJECTS.replace("\n", " ").split(", ")
+    prompts = tuple(form.format(subject) for subject in subjects for form in FORMS)
+    counts = []
+    for bundle in BUNDLES:
+        with stillgraph.load(PLACE / name / bundle) as engine:
+            found = [one.ids for one in answers(engine, prompts, chat=True)]
+        counts.append(sum(len(ids) >= RUN and repeated([ids]) > LOOP for ids in found))
+    told = ", ".join(f"{count} of {bundle}'s" for count, bundle in zip(counts, BUNDLES, strict=True))
+    begin = f"Of the answers to {len(prompts)} more questions, more than {LOOP:.0%} of such runs came before"
+    return f"{begin}\nin {told}."
+
+
+def in_cell(text: str) -> str:
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
 
 
 def table(name: str, prompts: tuple[str, ...], chat: bool) -> str:
-    columns = []
-    for precision in ("fp32", "int4"):
-        with stillgraph.load(PLACE / name / precision) as engine:
-            columns.append(list(texts(engine, prompts, chat)))
-    rows = [f"| {' | '.join(row)} |" for row in zip(prompts, *columns, strict=True)]
-    return "\n".join(["| prompt | fp32 | int4 |", "|---|---|---|", *rows])
+    with stillgraph.load(PLACE / name / "int4") as engine:
+        int4 = list(answers(engine, prompts, chat))
+    with stillgraph.load(PLACE / name / "fp32") as engine:
+        fp32 = list(answers(engine, prompts, chat))
+        nats = [surprise(engine, found) for found in (fp32, int4)]
+    again = [repeated([one.ids for one in found]) for found in (fp32, int4)]
+    told = (
+        f"A token of its own answers surprises the fp32 model by {nats[0]:.2f} nats, one of int4's by\n"
+        f"{nats[1]:.2f}. Of runs of four tokens {again[0]:.1%} came before in the same answer at fp32,\n"
+        f"{again[1]:.1%} at int4."
+    )
+    pairs = zip(prompts, fp32, int4, strict=True)
+    rows = [f"| {prompt} | {in_cell(one.text)} | {in_cell(other.text)} |" for prompt, one, other in pairs]
+    return "\n".join([told, "", "| prompt | fp32 | int4 |", "|---|---|---|", *rows])
 
 
 def write_table(name: str) -> None:
@@ -109,6 +164,7 @@ def write_texts() -> None:
         head,
         "## SmolLM2-135M-Instruct, a chat",
         table("smollm2", QUESTIONS, chat=True),
+        loops("smollm2"),
         "## Gemma 3 270M, a text that goes on",
         table("gemma3", BEGINNINGS, chat=False),
     ]

@@ -16,6 +16,7 @@ from tests.gguf_writer import write_gguf
 from tests.real import fetch
 from tests.real.dither import dithered, write_dithered
 from tests.real.fetch import NotThereError, Packaged, join
+from tests.real.report import repeated
 
 Q4, Q8 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
 DOWNLOAD = fetch._download
@@ -101,3 +102,10 @@ def test_a_folder_is_written_that_is_the_same_for_the_same_seed(tiny_checkpoint,
     assert torch.equal(made[0].tensor(norm), open_checkpoint(str(folder)).tensor(norm))
     step = (first.amax() - first.amin()) / 255
     assert 0 < (first - open_checkpoint(str(path)).tensor(EMBEDDING)).abs().max() <= step / 2
+
+
+def test_what_an_answer_says_again_is_counted_in_runs() -> None:
+    """Of 1212121 the runs 1212 and 2121 come twice in four; no answer has those of another."""
+    assert repeated([[1, 2, 1, 2, 1, 2, 1]]) == 2 / 4
+    assert repeated([[1, 2, 1, 2, 1, 2, 1], [1, 2, 1, 2], [5]]) == 2 / 5
+    assert repeated([[1, 2, 3, 4, 5]]) == 0
