@@ -3,8 +3,8 @@
     python -m tests.real.report
 
 `validate --table` of the fp32, int8 and int4 bundles, as export/validate/<model>.md; and what fp32 and int4
-say to twenty prompts, greedily, as tests/real/texts.md: SmolLM2 answers a chat, Gemma 3 270M, which is not
-trained to answer, goes on with a text.
+say to twenty prompts, greedily, with counts of what they say again, as tests/real/texts.md: SmolLM2 answers a
+chat, Gemma 3 270M, which is not trained to answer, goes on with a text.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def table(name: str, prompts: tuple[str, ...], chat: bool) -> str:
     again = [repeated([one.ids for one in found]) for found in (fp32, int4)]
     told = (
         f"A token of its own answers surprises the fp32 model by {nats[0]:.2f} nats, one of int4's by\n"
-        f"{nats[1]:.2f}. Of runs of four tokens {again[0]:.1%} came before in the same answer at fp32,\n"
+        f"{nats[1]:.2f}. Of runs of {RUN} tokens {again[0]:.1%} came before in the same answer at fp32,\n"
         f"{again[1]:.1%} at int4."
     )
     pairs = zip(prompts, fp32, int4, strict=True)

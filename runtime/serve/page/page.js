@@ -14,7 +14,7 @@ async function start() {
   if (!WebAssembly.validate(Uint8Array.from(SIMD))) return wrong("WebAssembly has no SIMD in this browser or on this CPU; use a newer one.");
   await offline();
   worker = new Worker("worker.js", { type: "module" });
-  worker.onerror = (event) => wrong(`The page's worker did not start (${event.message || "a file is missing"}).`);
+  worker.onerror = (event) => wrong(missing ?? `The page's worker did not start (${event.message || "a file is missing"}).`);
   worker.onmessage = ({ data: [kind, told] }) => HEARD[kind](told);
   worker.postMessage(["load"]);
 }
@@ -81,7 +81,7 @@ const HEARD = {
   error({ message, fatal }) {
     const { content } = messages.pop() ?? {}; // what could not be answered
     if (Array.isArray(content)) files.pop();
-    wrong(message);
+    wrong((fatal && missing) || message); // what is missing may be another page's, which one that runs does not need
     if (!fatal) idle();
   },
   golden(line) {
@@ -101,8 +101,7 @@ function add(kind, text) {
 function wrong(message) {
   at("loading")?.remove();
   if (answer && !answer.textContent) answer.remove();
-  add("wrong", missing ?? message);
-  missing = null;
+  add("wrong", message);
   document.body.dataset.state = "wrong";
 }
 
